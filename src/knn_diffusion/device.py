@@ -1,0 +1,44 @@
+"""Which device to compute on, and in which arithmetic."""
+
+from __future__ import annotations
+
+import torch
+
+from knn_diffusion.errors import UsageError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The named device; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises: UsageError when the named device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"expected a device that is here (cpu, cuda, cuda:1, …), got {name!r} ({reason}): use --device auto"
+        ) from None
+    return device
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself, so that they are faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """The arithmetic of matrix products: "auto" is bfloat16 where the hardware has it, else float32."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if precision == "auto":
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    if precision not in known:
+        raise UsageError(f"expected precision auto, float32 or bfloat16, got {precision!r}: choose one of them")
+    return known[precision]

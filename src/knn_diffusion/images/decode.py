@@ -1,0 +1,135 @@
+"""One image file, whatever its kind, to an upright RGB picture; or one line saying why not."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from knn_diffusion.errors import ImageError
+
+MAX_PIXELS = 64_000_000
+MAX_FILE_BYTES = 512_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMAT_WORDS = "PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF"
+
+
+def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """The picture as a viewer shows it, in RGB: first frame, upright by its EXIF tag, on white where it is transparent.
+
+    Grey levels of 16 bits become 8, and embedded colour profiles become sRGB. The kind of a file is decided by its
+    content, never by its name.
+
+    Args: source: a path, the bytes of an image file, or a picture in any of Pillow's modes.
+    Raises: ImageError when it is missing, unreadable, truncated, of another format, or larger than MAX_PIXELS.
+    """
+    name = one_line(source) if isinstance(source, str | Path) else "the given image"
+    if isinstance(source, Image.Image):
+        return _guarded(source, name)
+    try:
+        opened = open_checked(io.BytesIO(source) if isinstance(source, bytes) else _regular_file(Path(source), name))
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise anything at all on damaged files
+        raise _refusal(name, error) from None
+    with opened:
+        return _guarded(opened, name)
+
+
+def one_line(name: object) -> str:
+    """A file name fit for a message or a log: no line breaks or other control characters."""
+    return "".join(mark if mark.isprintable() else "?" for mark in str(name))
+
+
+def _regular_file(path: Path, name: str) -> Path:
+    if not path.is_file():
+        raise ImageError(
+            f"expected an image file, {name} is {'no regular file' if path.exists() else 'missing'}: check the path"
+        )
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ImageError(f"expected a file of at most {MAX_FILE_BYTES // 10**6} MB, {name} is larger: make it smaller")
+    return path
+
+
+def open_checked(file: Path | io.BytesIO) -> Image.Image:
+    """Open by the header alone; Pillow's own limits only warn, so its warning counts as a refusal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file, formats=FORMATS)
+
+
+def _guarded(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            f"expected at most {MAX_PIXELS // 10**6} megapixels, {name} has {image.width} × {image.height}: make it smaller"
+        )
+    if not image.width or not image.height:
+        raise ImageError(f"expected at least one pixel, {name} has {image.width} × {image.height}: leave it out")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            return _to_rgb(_in_srgb(_upright(image)))
+    except Exception as error:
+        raise _refusal(name, error) from None
+
+
+def _refusal(name: str, error: Exception) -> ImageError:
+    if isinstance(error, UnidentifiedImageError):
+        return ImageError(f"expected {FORMAT_WORDS}, {name} is none of these: convert it or leave it out")
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return ImageError(f"expected at most {MAX_PIXELS // 10**6} megapixels, {name} has more: make it smaller")
+    reason = one_line(error) or type(error).__name__
+    return ImageError(f"expected a whole image, {name} cannot be decoded ({reason[:200]}): get an intact copy")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF block does not spoil the pixels
+        return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Apply an embedded colour profile; one that is damaged or does not fit is ignored, as viewers do."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK") or b"sRGB" in profile or b"s\0R\0G\0B" in profile:
+        return image
+    try:
+        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = "RGB" if image.mode == "CMYK" else image.mode
+        made = ImageCms.profileToProfile(image, embedded, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    return made or image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _levels_to_rgb(np.asarray(image) >> 8)
+    if image.mode in ("I", "F"):
+        return _levels_to_rgb(_scaled_levels(np.asarray(image)))
+    if image.has_transparency_data:
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        paper = Image.new("RGB", layer.size, "white")
+        paper.paste(layer, mask=layer)
+        return paper
+    return image.convert("RGB")
+
+
+def _levels_to_rgb(levels: np.ndarray) -> Image.Image:
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+
+
+def _scaled_levels(values: np.ndarray) -> np.ndarray:
+    """32-bit grey to 0…255: by the range it was evidently meant for (1, 8 bits or 16), else from least to greatest."""
+    finite = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
+    low, high = float(finite.min()), float(finite.max())
+    if low < 0 or high > 65535:
+        return (finite - low) * (255 / max(high - low, 1e-6))
+    meant = 1 if values.dtype.kind == "f" and high <= 1 else 255 if high <= 255 else 65535
+    return finite * (255 / meant)

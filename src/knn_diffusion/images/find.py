@@ -1,0 +1,196 @@
+"""Where images come from: folders, files, tar shards, parquet tables. Found now, decoded when asked for."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from knn_diffusion.errors import ImageError, MissingDependencyError, UsageError
+from knn_diffusion.images.decode import MAX_FILE_BYTES, one_line, open_image
+
+SUFFIXES = frozenset((".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One image that was found but not yet read.
+
+    source: where it lies, unique: a path, `shard.tar::member` or `table.parquet::row`; key: its name within what was
+    asked for; load: decodes it, or raises ImageError.
+    """
+
+    source: str
+    key: str
+    load: Callable[[], Image.Image] = field(repr=False, compare=False)
+
+
+def find_images(paths: Sequence[str | Path]) -> list[SourceImage]:
+    """Every image of the folders (recursively, in sorted order), files, wildcards, tar shards and parquet tables.
+
+    In folders, shards and tables, what is no image by its name is passed over; so are hidden files and, in shards, links.
+    A damaged shard or table appears as one image that fails to load, so that a job over many can list it and go on.
+
+    Raises: UsageError when a path does not exist or nothing is found; MissingDependencyError for parquet without pyarrow.
+    """
+    found: dict[str, SourceImage] = {}
+    for path in paths:
+        for place in _expanded(path):
+            for image in _images_at(place):
+                found.setdefault(image.source, image)
+    if not found:
+        named = one_line(", ".join(str(path) for path in paths))
+        raise UsageError(
+            f"expected images ({', '.join(sorted(SUFFIXES))}), found none in {named or 'no path'}: check the paths"
+        )
+    return list(found.values())
+
+
+def _expanded(path: str | Path) -> list[Path]:
+    if os.path.exists(path):
+        return [Path(path)]
+    matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(str(path)) else []
+    if not matches:
+        raise UsageError(f"expected images, {one_line(path)} does not exist: check the path")
+    return [Path(match) for match in matches]
+
+
+def _images_at(place: Path) -> Iterator[SourceImage]:
+    if place.is_dir():
+        for file in _files_below(place):
+            yield from _images_of_file(file, str(file.relative_to(place)))
+    elif place.is_file():
+        yield from _images_of_file(place, place.name)
+    else:
+        raise UsageError(f"expected a file or a folder, {one_line(place)} is neither: check the path")
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            file = Path(parent, name)
+            if not name.startswith(".") and file.suffix.lower() in (*SUFFIXES, ".tar", ".parquet") and file.is_file():
+                yield file
+
+
+def _images_of_file(file: Path, key: str) -> Iterator[SourceImage]:
+    if file.suffix.lower() == ".tar":
+        yield from _images_of_shard(file)
+    elif file.suffix.lower() == ".parquet":
+        yield from _images_of_table(file)
+    else:
+        yield SourceImage(str(file), key, functools.partial(open_image, file))
+
+
+def _failing(source: str, reason: str) -> SourceImage:
+    def load() -> Image.Image:
+        raise ImageError(reason)
+
+    return SourceImage(source, Path(source).name, load)
+
+
+def _images_of_shard(shard: Path) -> Iterator[SourceImage]:
+    """Members are only read, at their offsets, never unpacked; so a hostile name is merely a name."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if member.isreg() and not member.issparse() and Path(member.name).suffix.lower() in SUFFIXES:
+                    load = functools.partial(_load_member, shard, member.name, member.offset_data, member.size)
+                    yield SourceImage(f"{shard}::{member.name}", member.name, load)
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        reason = (
+            f"expected an uncompressed tar shard, {one_line(shard)} is damaged ({one_line(error)}): get an intact copy"
+        )
+        yield _failing(str(shard), reason)
+
+
+def _load_member(shard: Path, name: str, offset: int, size: int) -> Image.Image:
+    label = one_line(f"{shard}::{name}")
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"expected a file of at most {MAX_FILE_BYTES // 10**6} MB, {label} is larger: make it smaller")
+    try:
+        with shard.open("rb") as stream:
+            stream.seek(offset)
+            return _decode_member(stream.read(size), label)
+    except OSError as error:
+        raise ImageError(f"expected a tar shard, {label} cannot be read ({error.strerror}): check the file") from None
+
+
+def _decode_member(content: bytes, label: str) -> Image.Image:
+    try:
+        return open_image(content)
+    except ImageError as error:
+        raise ImageError(str(error).replace("the given image", label)) from None
+
+
+def _images_of_table(table: Path) -> Iterator[SourceImage]:
+    parquet = _pyarrow_parquet()
+    try:
+        with parquet.ParquetFile(table) as opened:
+            column = _image_column(opened.schema_arrow)
+            groups = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+    except (OSError, ValueError) as error:
+        reason = f"expected a parquet table, {one_line(table)} is damaged ({one_line(error)[:200]}): get an intact copy"
+        yield _failing(str(table), reason)
+        return
+    if column is None:
+        reason = (
+            f"expected a column of images ({', '.join(IMAGE_COLUMNS)}), {one_line(table)} has none: rename its column"
+        )
+        yield _failing(str(table), reason)
+        return
+    number = 0
+    for group, count in enumerate(groups):
+        for row in range(count):
+            load = functools.partial(_load_row, table, column, group, row, number)
+            yield SourceImage(f"{table}::{number}", str(number), load)
+            number += 1
+
+
+def _pyarrow_parquet() -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise MissingDependencyError(
+            "expected pyarrow to read parquet tables, it is missing: pip install knn-diffusion[parquet]"
+        ) from None
+    return parquet
+
+
+def _image_column(schema: Any) -> str | None:
+    """The first column by a usual name that holds bytes, plain or as {bytes, path}."""
+    for name in IMAGE_COLUMNS:
+        if name in schema.names:
+            kind = str(schema.field(name).type)
+            if "binary" in kind:
+                return name
+    return None
+
+
+@functools.lru_cache(maxsize=2)
+def _row_group(table: Path, column: str, group: int) -> Any:
+    with _pyarrow_parquet().ParquetFile(table) as opened:
+        return opened.read_row_group(group, columns=[column]).column(column)
+
+
+def _load_row(table: Path, column: str, group: int, row: int, number: int) -> Image.Image:
+    label = one_line(f"{table}::{number}")
+    try:
+        value = _row_group(table, column, group)[row].as_py()
+    except (OSError, ValueError) as error:
+        raise ImageError(
+            f"expected a parquet table, {label} cannot be read ({one_line(error)[:200]}): get an intact copy"
+        ) from None
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(content, bytes):
+        raise ImageError(f"expected the bytes of an image, {label} holds none: embed the images in the table")
+    return _decode_member(content, label)

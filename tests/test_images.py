@@ -1,0 +1,489 @@
+"""Odd but valid images give the right pixels, bad ones give one line; nothing half-written is ever left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import random
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, PngImagePlugin
+
+from knn_diffusion import images
+from knn_diffusion.errors import ImageError, KnnDiffusionError, MissingDependencyError, UsageError
+
+TRANSPOSED = {
+    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.transpose(1, 0, 2),
+    6: np.rot90, 7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1),
+}  # fmt: skip
+"""How a camera that writes this EXIF orientation has turned the upright picture before saving it."""
+
+
+def picture(width: int = 24, height: int = 16) -> np.ndarray:
+    """A smooth picture without symmetry."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    return np.stack([40 + 150 * x / width, 30 + 200 * y / height, 200 - 80 * x / width], axis=-1).astype(np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def read(content: bytes) -> np.ndarray:
+    opened = images.open_image(content)
+    assert opened.mode == "RGB"
+    return np.asarray(opened).astype(int)
+
+
+def test_every_lossless_format_gives_its_pixels_back() -> None:
+    for kind, options in (
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ):
+        assert np.array_equal(read(encoded(Image.fromarray(picture()), kind, **options)), picture()), kind
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "AVIF", "WEBP"])
+def test_every_lossy_format_gives_nearly_its_pixels_back(kind: str) -> None:
+    assert np.abs(read(encoded(Image.fromarray(picture(64, 64)), kind, quality=95)) - picture(64, 64)).max() <= 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_a_rotated_photo_stands_upright(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(TRANSPOSED[orientation](picture())))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(read(encoded(stored, kind, exif=exif, **options)), picture())
+
+
+def test_a_damaged_exif_block_does_not_spoil_the_pixels() -> None:
+    assert np.array_equal(read(encoded(Image.fromarray(picture()), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")), picture())
+
+
+def test_cmyk_keeps_its_colours() -> None:
+    stored = Image.fromarray(picture()).convert("CMYK")
+    assert np.abs(read(encoded(stored, "TIFF")) - picture()).max() <= 2
+    assert np.abs(read(encoded(stored, "JPEG", quality=98, subsampling=0)) - picture()).max() <= 12
+
+
+def test_sixteen_bit_grey_is_not_white() -> None:
+    levels = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    for kind in ("PNG", "TIFF"):
+        got = read(encoded(Image.fromarray(levels), kind))
+        assert np.abs(got - np.arange(256).reshape(16, 16, 1)).max() <= 1, kind
+
+
+def test_grey_of_32_bits_is_read_by_the_range_it_was_meant_for() -> None:
+    ramp = np.arange(256).reshape(16, 16)
+    for values in (
+        ramp.astype(np.int32),
+        (ramp * 257).astype(np.int32),
+        (ramp / 255).astype(np.float32),
+        (ramp * 1e6 - 5e5).astype(np.float32),
+    ):
+        assert np.abs(read(encoded(Image.fromarray(values), "TIFF")) - ramp[..., None]).max() <= 1, values.dtype
+    wild = np.array([[np.nan, np.inf], [0.5, 1.0]], np.float32)
+    assert read(encoded(Image.fromarray(wild), "TIFF"))[1, 1].tolist() == [255, 255, 255]
+
+
+def _rgba() -> Image.Image:
+    alpha = np.zeros((16, 24, 1), np.uint8)
+    alpha[:, 12:] = 255
+    alpha[:, 8:12] = 128
+    return Image.fromarray(np.concatenate([picture(), alpha], axis=-1), "RGBA")
+
+
+def test_what_is_transparent_becomes_white_not_its_hidden_colour() -> None:
+    got = read(encoded(_rgba()))
+    assert (got[:, :8] == 255).all()
+    assert np.array_equal(got[:, 12:], picture()[:, 12:])
+    assert np.abs(got[:, 8:12] - (picture()[:, 8:12] * (128 / 255) + 255 * (127 / 255))).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "La", "RGBa"])
+def test_other_modes_with_transparency_go_on_white_too(mode: str) -> None:
+    grey = np.full((4, 4, 2), (10, 0), np.uint8)
+    grey[0] = (10, 255)
+    stored = Image.fromarray(grey, "LA")
+    stored = stored.convert("RGBA").convert(mode) if mode in ("PA", "RGBa") else stored.convert(mode)
+    got = np.asarray(images.open_image(stored))
+    assert (got[0] == 10).all()
+    assert (got[1:] == 255).all()
+
+
+def test_a_palette_with_a_transparent_entry_goes_on_white() -> None:
+    stored = Image.new("P", (4, 2), 1)
+    stored.putpalette([200, 0, 0, 0, 0, 200])
+    stored.putpixel((0, 0), 0)
+    for kind in ("PNG", "GIF"):
+        got = read(encoded(stored, kind, transparency=0))
+        assert got[0, 0].tolist() == [255, 255, 255]
+        assert got[1, 1].tolist() == [0, 0, 200]
+
+
+def test_one_bit_and_grey_pictures_with_a_transparent_level_are_read() -> None:
+    bits = Image.fromarray(np.eye(4, dtype=bool))
+    assert read(encoded(bits))[..., 0].tolist() == (np.eye(4, dtype=int) * 255).tolist()
+    grey = Image.fromarray(np.array([[7, 90]], np.uint8))
+    assert read(encoded(grey, transparency=7))[0].tolist() == [[255] * 3, [90] * 3]
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "LAB", "HSV", "RGBX", "CMYK", "1", "L", "P", "I", "F", "I;16", "I;16B"])
+def test_pictures_of_any_mode_are_taken(mode: str) -> None:
+    made = Image.new(mode, (3, 2))
+    assert images.open_image(made).size == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
+    content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert np.abs(read(content) - [255, 0, 0]).max() <= 6
+
+
+def test_an_embedded_colour_profile_becomes_srgb() -> None:
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = encoded(Image.fromarray(picture()), icc_profile=lab)
+    assert np.abs(read(same) - picture()).max() <= 2
+    swapped = _profile_with_red_and_blue_swapped(lab)
+    got = read(encoded(Image.fromarray(picture()), icc_profile=swapped))
+    assert np.abs(got - picture()[..., ::-1]).max() <= 3
+
+
+def _profile_with_red_and_blue_swapped(profile: bytes) -> bytes:
+    renamed = profile.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")).replace(b"sRGB", b"swap")
+    return renamed.replace(b"rXYZ", b"tmp1").replace(b"bXYZ", b"rXYZ").replace(b"tmp1", b"bXYZ")
+
+
+def test_a_damaged_colour_profile_is_ignored() -> None:
+    assert np.array_equal(read(encoded(Image.fromarray(picture()), icc_profile=b"no profile" * 20)), picture())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (20000, 1), (1, 20000), (2, 3)])
+def test_pictures_of_any_shape_can_be_squared(shape: tuple[int, int]) -> None:
+    got = images.square(images.open_image(encoded(Image.new("RGB", shape, (9, 80, 200)))), 8)
+    assert got.size == (8, 8)
+    assert np.abs(np.asarray(got).astype(int) - [9, 80, 200]).max() <= 1
+
+
+def test_square_takes_the_centre_and_averages_whole_blocks() -> None:
+    levels = np.zeros((4, 8, 3), np.uint8)
+    levels[:, 2:6] = np.arange(16).reshape(4, 4, 1) * 10
+    got = np.asarray(images.square(Image.fromarray(levels), 2))
+    expected = levels[:, 2:6].reshape(2, 2, 2, 2, 3).mean(axis=(1, 3))
+    assert np.abs(got - expected).max() <= 0.5
+    assert images.square(Image.fromarray(levels), 4).tobytes() == levels[:, 2:6].tobytes()
+    banded = np.full((50, 150, 3), (255, 0, 0), np.uint8)
+    banded[:, 50:100] = (0, 0, 255)
+    assert (np.asarray(images.square(Image.fromarray(banded), 32)) == (0, 0, 255)).all()
+
+
+def test_square_is_antialiased_at_every_size() -> None:
+    y, x = np.mgrid[0:200, 0:200]
+    checks = Image.fromarray((((x + y) % 2) * 255).astype(np.uint8)).convert("RGB")
+    for size in (50, 64, 77, 100):
+        assert np.abs(np.asarray(images.square(checks, size)).astype(int) - 127).max() <= 6, size
+
+
+def test_square_of_a_transparent_picture_is_on_white() -> None:
+    assert (np.asarray(images.square(Image.new("RGBA", (6, 6), (200, 0, 0, 0)), 3)) == 255).all()
+    with pytest.raises(UsageError, match="at least 1 pixel, got 0"):
+        images.square(Image.new("RGB", (6, 6)), 0)
+
+
+def test_bytes_and_pixels_are_each_others_inverse() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    pixels = images.pixels_from_uint8(levels)
+    assert pixels.shape == (1, 3, 16, 16)
+    assert (pixels.min().item(), pixels.max().item()) == (-1, 1)
+    assert np.array_equal(images.uint8_from_pixels(pixels), levels)
+    assert images.uint8_from_pixels(torch.full((1, 3, 1, 1), 7.0)).max() == 255
+    assert np.array_equal(images.to_array(images.from_array(levels[0])), levels[0])
+
+
+def _png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is none of these: convert it or leave it out"),
+        (b"just text", "expected PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF, the given image is none of these"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is none of these"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is none of these"),
+        (encoded(Image.new("RGB", (4, 4)), "PPM"), "is none of these"),
+        (encoded(Image.new("RGB", (4, 4)), "ICO"), "is none of these"),
+        (_png_header(8001, 8001), "expected at most 64 megapixels, the given image has 8001 × 8001: make it smaller"),
+        (_png_header(12000, 12000), "expected at most 64 megapixels, the given image has more: make it smaller"),
+        (_png_header(2**31 - 1, 2**31 - 1), "expected at most 64 megapixels, the given image has more"),
+        (_png_header(16, 16), "expected a whole image, the given image cannot be decoded"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_one_line(content: bytes, message: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        images.open_image(content)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF"])
+def test_a_truncated_image_is_refused_not_half_shown(kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    content = encoded(Image.fromarray(noise), kind)
+    for share in (0.3, 0.6, 0.9):
+        with pytest.raises(ImageError, match="the given image"):
+            images.open_image(content[: int(len(content) * share)])
+
+
+def test_mutilated_files_are_read_or_refused_never_anything_else() -> None:
+    rng = random.Random(0)
+    base = Image.fromarray(picture(32, 32))
+    seeds = [encoded(base, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")]
+    seeds.append(encoded(base, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()))
+    for _ in range(400):
+        content = bytearray(rng.choice(seeds))
+        for _ in range(rng.choice((1, 3, 20))):
+            content[rng.randrange(min(len(content), rng.choice((64, 10**6))))] = rng.randrange(256)
+        with contextlib.suppress(ImageError):
+            assert images.open_image(bytes(content)).mode == "RGB"
+
+
+def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"none\.png is missing: check the path"):
+        images.open_image(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="is no regular file"):
+        images.open_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="is no regular file"):
+        images.open_image(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(ImageError, match="is missing"):
+        images.open_image(tmp_path / "loop.png")
+    odd = tmp_path / "odd\nname🎈.png"
+    odd.write_bytes(b"text")
+    with pytest.raises(ImageError, match=r"odd\?name🎈\.png is none of these"):
+        images.open_image(odd)
+
+
+def test_the_kind_of_a_file_is_decided_by_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(encoded(Image.fromarray(picture())))
+    assert np.array_equal(np.asarray(images.open_image(path)), picture())
+
+
+def test_a_huge_text_chunk_is_refused_or_ignored() -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("comment", "x" * 70_000_000, zip=True)
+    content = encoded(Image.fromarray(picture()), pnginfo=chunks)
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        images.open_image(content)
+
+
+def _fill(folder: Path) -> None:
+    (folder / "b").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for name in ("z.png", "a.JPG", "b/c.webp", ".hidden/d.png", ".e.png"):
+        kind = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[name.rsplit(".", 1)[1].lower()]
+        (folder / name).write_bytes(encoded(Image.fromarray(picture()), kind))
+    (folder / "notes.txt").write_text("no image")
+
+
+def test_folders_are_searched_recursively_in_sorted_order(tmp_path: Path) -> None:
+    _fill(tmp_path)
+    found = images.find_images([tmp_path])
+    assert [image.key for image in found] == ["a.JPG", "z.png", os.path.join("b", "c.webp")]
+    assert [image.source for image in found] == [str(tmp_path / image.key) for image in found]
+    assert all(image.load().size == (24, 16) for image in found)
+
+
+def test_files_and_wildcards_are_taken_once_each(tmp_path: Path) -> None:
+    _fill(tmp_path)
+    found = images.find_images([tmp_path / "z.png", str(tmp_path / "*.png"), tmp_path])
+    assert [image.key for image in found] == ["z.png", "a.JPG", os.path.join("b", "c.webp")]
+
+
+def test_a_missing_path_and_an_empty_folder_are_wrong_use(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere does not exist: check the path"):
+        images.find_images([tmp_path / "nowhere"])
+    with pytest.raises(UsageError, match=r"\*\.png does not exist"):
+        images.find_images([str(tmp_path / "*.png")])
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UsageError, match="found none in"):
+        images.find_images([tmp_path])
+    with pytest.raises(UsageError, match="found none in no path"):
+        images.find_images([])
+
+
+def test_a_symlink_loop_does_not_trap_the_search(tmp_path: Path) -> None:
+    _fill(tmp_path / "real")
+    (tmp_path / "real" / "again").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "self.png").symlink_to("self.png")
+    assert len(images.find_images([tmp_path])) == 3
+
+
+def _shard(path: Path) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in (
+            ("0001.png", encoded(Image.fromarray(picture()))), ("0001.txt", b"caption"), ("0001.json", b"{}"),
+            ("../../escape.png", encoded(Image.new("RGB", (5, 5)))), ("evil.pth", b"\x80\x04"), ("0002.jpg", b"broken"),
+        ):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    return path
+
+
+def test_shards_are_read_in_place_and_links_and_strangers_passed_over(tmp_path: Path) -> None:
+    shard = _shard(tmp_path / "part.tar")
+    found = images.find_images([tmp_path])
+    assert [image.key for image in found] == ["0001.png", "../../escape.png", "0002.jpg"]
+    assert found[0].source == f"{shard}::0001.png"
+    assert np.array_equal(np.asarray(found[0].load()), picture())
+    with pytest.raises(ImageError, match=r"part\.tar::0002\.jpg is none of these"):
+        found[2].load()
+    assert not (tmp_path.parent / "escape.png").exists()
+
+
+def test_a_damaged_shard_is_one_image_that_fails_to_load(tmp_path: Path) -> None:
+    whole = _shard(tmp_path / "part.tar").read_bytes()
+    (tmp_path / "part.tar").unlink()
+    (tmp_path / "cut.tar").write_bytes(whole[:560])
+    (tmp_path / "noise.tar").write_bytes(b"noise" * 1000)
+    found = images.find_images([tmp_path])
+    assert [image.key for image in found][-1] == "noise.tar"
+    for image in found:
+        with pytest.raises(ImageError) as caught:
+            image.load()
+        assert "\n" not in str(caught.value)
+    assert "noise.tar is damaged" in str(caught.value)
+
+
+def test_parquet_tables_of_plain_bytes_and_of_image_structs_are_read(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    contents = [encoded(Image.new("RGB", (4, 4), (number, 0, 0))) for number in (10, 20, 30)]
+    plain = pyarrow.table({"text": ["a", "b", "c"], "jpg": contents})
+    parquet.write_table(plain, tmp_path / "plain.parquet", row_group_size=2)
+    structs = pyarrow.table({"image": [{"bytes": contents[0], "path": "x.png"}, None, {"bytes": b"bad", "path": None}]})
+    parquet.write_table(structs, tmp_path / "structs.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "words.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no table")
+    found = {image.source.removeprefix(f"{tmp_path}/"): image for image in images.find_images([tmp_path])}
+    assert [np.asarray(found[f"plain.parquet::{row}"].load())[0, 0, 0] for row in range(3)] == [10, 20, 30]
+    assert found["structs.parquet::0"].load().size == (4, 4)
+    for source, message in (
+        ("structs.parquet::1", "holds none"), ("structs.parquet::2", "is none of these"),
+        ("words.parquet", "expected a column of images"), ("broken.parquet", "is damaged"),
+    ):  # fmt: skip
+        with pytest.raises(ImageError, match=message):
+            found[source].load()
+
+
+def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install knn-diffusion\[parquet\]"):
+        images.find_images([tmp_path])
+
+
+SETTINGS = {
+    "prompt": "a teal pineapple ☃\nsecond line", "seed": 5, "steps": 16, "sampler": "halton", "guidance_scale": 8.0,
+    "model": "stickers", "k": 10, "neighbors": [{"id": "a", "score": 0.5}],
+}  # fmt: skip
+
+
+def test_saved_images_hold_their_settings_as_text_and_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "out.png"
+    images.save_png(Image.fromarray(picture()), path, SETTINGS)
+    with Image.open(path) as stored:
+        lines = stored.text["parameters"].splitlines()
+        assert json.loads(stored.text["knn_diffusion"]) == SETTINGS
+    assert lines == [
+        "a teal pineapple ☃",
+        "second line",
+        "Steps: 16, Sampler: halton, CFG scale: 8.0, Seed: 5, Model: stickers, K: 10",
+    ]
+    assert images.read_settings(path) == SETTINGS
+    assert np.array_equal(np.asarray(images.open_image(path)), picture())
+
+
+def test_images_of_others_have_no_settings_and_broken_ones_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.png").write_bytes(encoded(Image.fromarray(picture())))
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    assert images.read_settings(tmp_path / "plain.png") == {}
+    with pytest.raises(ImageError, match="expected an image with settings"):
+        images.read_settings(tmp_path / "broken.png")
+
+
+def test_prompts_with_odd_characters_can_be_saved(tmp_path: Path) -> None:
+    images.save_png(Image.fromarray(picture()), tmp_path / "odd.png", {"prompt": "nul \0 and \ud800 lone", "seed": 1})
+    assert images.read_settings(tmp_path / "odd.png")["prompt"] == "nul \0 and \ud800 lone"
+
+
+def test_a_full_disk_leaves_the_old_image_and_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.png"
+    images.save_png(Image.fromarray(picture()), path, {"seed": 1})
+    before = path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(KnnDiffusionError) as caught:
+        images.save_png(Image.fromarray(picture()), path, {"seed": 2})
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_grid_places_pictures_row_by_row_with_labels_below() -> None:
+    colours = ["red", "lime", "blue"]
+    sheet = images.grid([Image.new("RGB", (8, 8), colour) for colour in colours], columns=2, cell=16)
+    assert sheet.size == (2 * 20 + 4, 2 * 20 + 4)
+    for colour, place in zip([(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(12, 12), (32, 12), (12, 32)], strict=True):
+        assert sheet.getpixel(place) == colour
+    assert sheet.getpixel((32, 32)) == (255, 255, 255)
+    labelled = images.grid(
+        [Image.new("RGB", (8, 8), "red")], columns=1, cell=64, labels=["a teal pineapple on a white background"]
+    )
+    assert labelled.width == 72
+    assert (np.asarray(labelled)[72:].min(axis=-1) < 128).any()
+
+
+def test_small_pictures_are_enlarged_without_blur_and_others_keep_their_shape() -> None:
+    checks = Image.fromarray((np.indices((4, 4)).sum(axis=0) % 2 * 255).astype(np.uint8))
+    sheet = np.asarray(images.grid([checks], columns=1, cell=16))[4:20, 4:20]
+    assert set(np.unique(sheet)) == {0, 255}
+    wide = np.asarray(images.grid([Image.new("RGB", (40, 10), "black")], columns=1, cell=20))[4:24, 4:24, 0]
+    assert ((wide < 20).sum(axis=0) == 5).all()
+
+
+def test_a_grid_of_nothing_or_of_unmatched_labels_is_wrong_use() -> None:
+    with pytest.raises(UsageError, match="expected images, columns and a cell size"):
+        images.grid([], columns=2, cell=8)
+    with pytest.raises(UsageError, match="one label for each of 1 images, got 2"):
+        images.grid([Image.new("RGB", (2, 2))], columns=1, cell=8, labels=["a", "b"])

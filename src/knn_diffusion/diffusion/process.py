@@ -1,0 +1,252 @@
+"""The forward process and its posterior: Eqs. 1, 2 and 3, for any pair of steps.
+
+A token is kept, replaced by a code drawn uniformly, or replaced by [MASK], which it never leaves (Eq. 2). Every product of
+such matrices has the same form, so three numbers describe the way from any step to any later one: see `Rates`.
+
+Steps run 1 … N; step 0 is the clean image. The id of [MASK] is `vocab_size`. Tables and posteriors are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from knn_diffusion.config import config, require
+from knn_diffusion.errors import UsageError
+from knn_diffusion.shapes import Logits, Steps, Tokens
+
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One generator for a whole batch, or one for each image, so that an image does not depend on its batch."""
+
+Preset = Literal["released", "mask-and-replace", "absorbing"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """The matrix α I + β 11ᵀ over the codes, with a row γ for [MASK] (Eq. 2); α + V β + γ = 1.
+
+    `alpha` is the chance to be kept, `beta` to become one given code, `gamma` to become [MASK].
+    """
+
+    alpha: Float[Tensor, "*any"]
+    beta: Float[Tensor, "*any"]
+    gamma: Float[Tensor, "*any"]
+
+
+@config
+class Schedule:
+    """How fast an image is noised; kept with every checkpoint, since a denoiser knows no other schedule.
+
+    Differs from the paper: it says "as defined in [16]", whose text and released constants disagree, so both are presets.
+    """
+
+    num_steps: int
+    """N, steps from the image to the prior; at least 2."""
+    vocab_size: int
+    """V, codes of the tokenizer; at least 2."""
+    preset: Preset = "released"
+    """`released`: VQ-Diffusion's constants, a millionth replaced, so all but masking alone. `mask-and-replace`: nine tenths
+    masked and one tenth uniform at N. `absorbing`: masking alone, a visible token is certain."""
+
+    def __post_init__(self) -> None:
+        require(self.num_steps >= 2, "num_steps", self.num_steps, "at least 2")
+        require(self.vocab_size >= 2, "vocab_size", self.vocab_size, "at least 2")
+        known = ("released", "mask-and-replace", "absorbing")
+        require(self.preset in known, "preset", self.preset, f"one of {', '.join(known)}")
+
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for [MASK], one past the last code."""
+        return self.vocab_size
+
+    @property
+    def replaces(self) -> bool:
+        """Whether visible tokens are wrong often enough that a sampler should doubt them."""
+        return self.preset == "mask-and-replace"
+
+    @property
+    def alpha_bar(self) -> Float[Tensor, "steps"]:
+        """Chance that a token has been kept up to each step; entry 0 is 1."""
+        return _cumulative(self, torch.device("cpu")).alpha
+
+    @property
+    def beta_bar(self) -> Float[Tensor, "steps"]:
+        """Chance that a token has been replaced by one given code up to each step; entry 0 is 0."""
+        return _cumulative(self, torch.device("cpu")).beta
+
+    @property
+    def gamma_bar(self) -> Float[Tensor, "steps"]:
+        """Chance that a token is masked at each step; entry 0 is 0."""
+        return _cumulative(self, torch.device("cpu")).gamma
+
+    @property
+    def alpha(self) -> Float[Tensor, "steps"]:
+        """α_n of Eq. 2; entry 0 is 1."""
+        return _single(self).alpha
+
+    @property
+    def beta(self) -> Float[Tensor, "steps"]:
+        """β_n of Eq. 2; entry 0 is 0."""
+        return _single(self).beta
+
+    @property
+    def gamma(self) -> Float[Tensor, "steps"]:
+        """γ_n of Eq. 2; entry 0 is 0."""
+        return _single(self).gamma
+
+    def marginal(self, step: Int[Tensor, "*any"]) -> Rates:
+        """The matrix Q̄_n = Q_n ⋯ Q_1 of Eq. 3, which noises a clean token up to `step`."""
+        table = _cumulative(self, step.device)
+        return Rates(alpha=table.alpha[step], beta=table.beta[step], gamma=table.gamma[step])
+
+    def transition(self, prev_step: Int[Tensor, "*any"], step: Int[Tensor, "*any"]) -> Rates:
+        """The matrix Q_n ⋯ Q_{s+1}, which noises from `prev_step` s to the later `step` n; Eq. 2 when they are neighbors."""
+        before, after = self.marginal(prev_step), self.marginal(step)
+        alpha = after.alpha / before.alpha
+        unmasked = 1 - before.gamma
+        beta = ((after.beta - alpha * before.beta) / unmasked).clamp_min(0)
+        return Rates(alpha=alpha, beta=beta, gamma=(after.gamma - before.gamma) / unmasked)
+
+
+@lru_cache(maxsize=64)
+def _cumulative(schedule: Schedule, device: torch.device) -> Rates:
+    """Q̄ for every step 0 … N."""
+    with torch.inference_mode(False):  # cached tensors made in inference mode could never serve training
+        share = torch.arange(schedule.num_steps + 1, dtype=torch.float64) / schedule.num_steps
+        if schedule.preset == "released":
+            steps = torch.linspace(0, 1, schedule.num_steps, dtype=torch.float64)
+            start = torch.zeros(1, dtype=torch.float64)
+            alpha_bar = torch.cat([start + 1, 0.99999 + (0.000009 - 0.99999) * steps])
+            gamma_bar = torch.cat([start, 0.000009 + (0.99999 - 0.000009) * steps])
+            uniform = 1 - alpha_bar - gamma_bar
+        elif schedule.preset == "mask-and-replace":
+            alpha_bar, gamma_bar, uniform = 1 - share, 0.9 * share, 0.1 * share
+        else:
+            alpha_bar, gamma_bar, uniform = 1 - share, share, 0 * share
+        return Rates(
+            alpha=alpha_bar.to(device), beta=(uniform / schedule.vocab_size).to(device), gamma=gamma_bar.to(device)
+        )
+
+
+@lru_cache(maxsize=64)
+def _single(schedule: Schedule) -> Rates:
+    """Q_n for every step 1 … N, behind an identity."""
+    with torch.inference_mode(False):
+        steps = torch.arange(schedule.num_steps + 1)
+        return schedule.transition((steps - 1).clamp_min(0), steps)
+
+
+def uniform(
+    generators: Generators, batch: int, seq: int, device: torch.device | str = "cpu"
+) -> Float[Tensor, "batch seq"]:
+    """Float64 numbers in [0, 1), drawn where each generator lives and moved to `device`.
+
+    Raises: UsageError when there is a list of generators that does not have one for each image.
+    """
+    if isinstance(generators, torch.Generator):
+        drawn = torch.rand(batch, seq, dtype=torch.float64, generator=generators, device=generators.device)
+        return drawn.to(device)
+    if len(generators) != batch:
+        raise UsageError(f"expected a generator for each of {batch} images, got {len(generators)}: pass one per image")
+    rows = [torch.rand(seq, dtype=torch.float64, generator=one, device=one.device).to(device) for one in generators]
+    return torch.stack(rows)
+
+
+def categorical(log_probs: Float[Tensor, "batch seq classes"], generators: Generators) -> Int[Tensor, "batch seq"]:
+    """Draw a class for every position by inverting the cumulative distribution in float64.
+
+    One uniform number decides a position, and a class of probability 1e-12 still gets its share. (Gumbel noise made from
+    float32 uniforms draws a class of 1e-7 half as often as it should.)
+
+    Args:
+        log_probs: need not be normalised; a class at -inf is never drawn.
+        generators: advanced by one number for each position.
+    """
+    batch, seq, _ = log_probs.shape
+    weights = log_probs.double()
+    cumulative = (weights - weights.amax(-1, keepdim=True)).exp().cumsum(-1)
+    target = uniform(generators, batch, seq, log_probs.device).unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # the first class whose sum exceeds it
+
+
+def q_sample(schedule: Schedule, x_0: Tokens, step: Steps, generators: Generators) -> Tokens:
+    """Draw x_n from q(x_n | x_0) = v(x_n)ᵀ Q̄_n v(x_0) (Eq. 1, n times at once).
+
+    Args:
+        step: how far each image is noised, 0 … N.
+        generators: advanced by two numbers for each token.
+    Raises: UsageError for a step outside 0 … N.
+    """
+    _check_steps(schedule, step, at_least=0)
+    batch, seq = x_0.shape
+    fate, code = uniform(generators, batch, 2 * seq, x_0.device).chunk(2, dim=1)
+    rates = schedule.marginal(step.to(x_0.device)[:, None])
+    replacement = (code * schedule.vocab_size).long().to(x_0.dtype)
+    unmasked = torch.where(fate < rates.gamma + rates.alpha, x_0, replacement)
+    return torch.where(fate < rates.gamma, schedule.mask_id, unmasked)
+
+
+def prior_sample(
+    schedule: Schedule, batch: int, seq: int, generators: Generators, device: torch.device | str = "cpu"
+) -> Tokens:
+    """Draw x_N, where the reverse chain starts: all [MASK] (Algorithm 2, line 5), or the prior of `mask-and-replace`.
+
+    Differs from the paper: a `mask-and-replace` chain starts with a tenth of the tokens drawn uniformly, as it was trained.
+    """
+    if not schedule.replaces:
+        return torch.full((batch, seq), schedule.mask_id, dtype=torch.long, device=device)
+    nothing = torch.zeros(batch, seq, dtype=torch.long, device=device)  # at N nothing is kept
+    return q_sample(schedule, nothing, torch.full((batch,), schedule.num_steps, device=device), generators)
+
+
+def posterior(
+    schedule: Schedule, x_0_logits: Logits, x_n: Tokens, step: Steps, prev_step: Steps
+) -> Float[Tensor, "batch seq classes"]:
+    """p(x_s | x_n): the posterior q(x_s | x_n, x_0) of Eq. 3, averaged over the predicted x_0, for any earlier step s.
+
+    With prev_step = step - 1 it is Eq. 3; with a larger stride it is the exact product of the steps between, so fewer steps
+    than trained cost no bias: a masked token stays masked with probability γ̄_s / γ̄_n.
+
+    Args:
+        x_0_logits: the prediction after guidance and truncation; -inf is a class that cannot be.
+        step: n of each image, 1 … N.
+        prev_step: s of each image, 0 … n - 1; at 0 the result is the prediction itself.
+    Returns: float64 log-probabilities that sum to 1 over classes; the last class is [MASK].
+    Raises: UsageError for steps out of order or outside 0 … N.
+
+    Differs from the paper: under `absorbing` a visible token is certain, so it stays, whatever the prediction.
+    """
+    _check_steps(schedule, step, at_least=1)
+    _check_steps(schedule, prev_step, at_least=0)
+    if bool((prev_step >= step).any()):
+        raise UsageError(f"expected prev_step below step, got {prev_step.tolist()} and {step.tolist()}: swap them")
+    n, s = step.to(x_n.device)[:, None, None], prev_step.to(x_n.device)[:, None, None]
+    now, before, between = schedule.marginal(n), schedule.marginal(s), schedule.transition(s, n)
+
+    masked = (x_n == schedule.mask_id).unsqueeze(-1)  # batch seq 1
+    same = torch.arange(schedule.vocab_size, device=x_n.device) == x_n.unsqueeze(-1)  # batch seq vocab
+    p_x_0 = x_0_logits.double().softmax(-1)  # batch seq vocab
+    if schedule.preset == "absorbing":
+        p_x_0 = torch.where(masked, p_x_0, same.double())
+
+    evidence = torch.where(masked, now.gamma, now.alpha * same + now.beta)  # q(x_n | x_0) for every code x_0
+    likelihood = torch.where(masked, between.gamma, between.alpha * same + between.beta)  # q(x_n | x_s), every code x_s
+    weight = p_x_0 / evidence.clamp_min(torch.finfo(torch.float64).tiny)  # p(x_0) / q(x_n | x_0)
+    total = weight.sum(-1, keepdim=True)
+    codes = likelihood * (before.alpha * weight + before.beta * total)
+    mask = masked * before.gamma * total
+    return torch.cat([codes, mask], dim=-1).log()
+
+
+def _check_steps(schedule: Schedule, step: Steps, *, at_least: int) -> None:
+    """Refuse steps outside the tables; a negative one would silently read from their end."""
+    if bool(((step < at_least) | (step > schedule.num_steps)).any()):
+        raise UsageError(
+            f"expected steps from {at_least} to {schedule.num_steps}, got {step.tolist()}: use this schedule's steps"
+        )

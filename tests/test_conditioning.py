@@ -1,0 +1,136 @@
+"""What goes into y, what the null condition is, and what training does to y."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from knn_diffusion.diffusion.conditioning import (
+    drop_condition,
+    drop_query,
+    lafite_noise,
+    make_condition,
+    null_condition,
+    replace_first_neighbor,
+    with_null,
+)
+from knn_diffusion.errors import ConfigError, UsageError
+from knn_diffusion.shapes import Condition
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def example(batch: int = 2, k: int = 3, dim: int = 8) -> Condition:
+    query, neighbors = torch.randn(batch, dim, generator=seeded(1)), torch.randn(batch, k, dim, generator=seeded(2))
+    return make_condition(query, neighbors)
+
+
+def test_the_query_stands_first_and_the_neighbors_keep_their_order() -> None:
+    query, neighbors = torch.randn(2, 8, generator=seeded()), torch.randn(2, 3, 8, generator=seeded(1))
+    condition = make_condition(query, neighbors)
+    assert torch.equal(condition.y[:, 0], query)
+    assert torch.equal(condition.y[:, 1:], neighbors)
+    assert condition.present.all()
+
+
+def test_absent_neighbors_are_masked_out_and_nothing_of_them_remains() -> None:
+    neighbors = torch.full((1, 2, 4), torch.nan)
+    neighbors[0, 0] = 1
+    condition = make_condition(torch.ones(1, 4), neighbors, torch.tensor([[True, False]]))
+    assert condition.present.tolist() == [[True, True, False]]
+    assert condition.y[0, 2].tolist() == [0, 0, 0, 0]
+
+
+def test_a_condition_may_have_no_neighbors() -> None:
+    assert make_condition(torch.ones(2, 4), torch.ones(2, 0, 4)).y.shape == (2, 1, 4)
+
+
+def test_the_null_condition_is_all_zeros_and_all_present() -> None:
+    condition = make_condition(torch.ones(1, 4), torch.ones(1, 2, 4), torch.tensor([[True, False]]))
+    null = null_condition(condition)
+    assert null.y.shape == condition.y.shape
+    assert not null.y.any()
+    assert null.present.all()
+
+
+def test_the_null_condition_silences_attention_exactly_only_without_biases() -> None:
+    null, x = null_condition(example()).y, torch.randn(2, 5, 8, generator=seeded())
+    for bias, silent in ((False, True), (True, False)):
+        attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=True)
+        for parameter in attention.parameters():
+            nn.init.normal_(parameter, generator=seeded(3))
+        assert (not attention(x, null, null)[0].any()) is silent
+
+
+def test_both_halves_are_the_conditional_rows_then_the_null_rows() -> None:
+    condition = example()
+    both = with_null(condition)
+    assert torch.equal(both.y[:2], condition.y)
+    assert torch.equal(both.y[2:], null_condition(condition).y)
+    assert both.present.shape == (4, 4)
+
+
+def test_editing_replaces_the_first_neighbor_and_nothing_else() -> None:
+    condition = make_condition(torch.ones(1, 4), torch.ones(1, 2, 4), torch.tensor([[False, True]]))
+    edited = replace_first_neighbor(condition, torch.full((1, 4), 7.0))
+    assert edited.y[0, 1].tolist() == [7, 7, 7, 7]
+    assert edited.present.all()
+    assert torch.equal(edited.y[:, [0, 2]], condition.y[:, [0, 2]])
+    assert condition.present.tolist() == [[True, False, True]]
+
+
+def test_editing_without_neighbors_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match="expected a neighbor to replace, got a condition without any: ask for k of at"
+    ):
+        replace_first_neighbor(example(k=0), torch.ones(2, 8))
+
+
+def test_lafite_noise_keeps_unit_length_and_leaves_a_cosine_of_about_a_third() -> None:
+    embedding = nn.functional.normalize(torch.randn(500, 256, generator=seeded()), dim=-1)
+    noised = lafite_noise(embedding, 0.75, seeded(1))
+    assert torch.allclose(noised.norm(dim=-1), torch.ones(500))
+    assert (noised * embedding).sum(-1).mean() == pytest.approx(0.316, abs=0.01)
+    assert torch.allclose(lafite_noise(embedding, 0.0, seeded(1)), embedding)
+
+
+def test_dropping_gives_whole_images_the_null_condition() -> None:
+    condition = make_condition(torch.ones(1000, 4), torch.ones(1000, 2, 4), torch.zeros(1000, 2, dtype=torch.bool))
+    dropped = drop_condition(condition, 0.2, seeded())
+    is_null = ~dropped.y.any(dim=(1, 2))
+    assert is_null.float().mean() == pytest.approx(0.2, abs=0.04)
+    assert dropped.present[is_null].all()
+    assert torch.equal(dropped.y[~is_null], condition.y[~is_null])
+    assert torch.equal(dropped.present[~is_null], condition.present[~is_null])
+
+
+def test_dropping_never_and_always_are_exact() -> None:
+    condition = example()
+    assert torch.equal(drop_condition(condition, 0.0, seeded()).y, condition.y)
+    assert not drop_condition(condition, 1.0, seeded()).y.any()
+
+
+def test_hiding_the_query_leaves_the_neighbors() -> None:
+    condition = example()
+    hidden = drop_query(condition, 1.0, seeded())
+    assert not hidden.present[:, 0].any()
+    assert not hidden.y[:, 0].any()
+    assert torch.equal(hidden.y[:, 1:], condition.y[:, 1:])
+    assert condition.present.all()
+    assert condition.y[:, 0].any()
+
+
+def test_hiding_the_query_of_an_image_without_neighbors_gives_the_null_condition() -> None:
+    condition = make_condition(torch.ones(1, 4), torch.ones(1, 2, 4), torch.tensor([[False, False]]))
+    hidden = drop_query(condition, 1.0, seeded())
+    assert hidden.present.all()
+    assert not hidden.y.any()
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1])
+def test_a_probability_outside_0_and_1_is_refused(probability: float) -> None:
+    with pytest.raises(ConfigError, match="probability must be between 0 and 1, got"):
+        drop_condition(example(), probability, seeded())

@@ -1,0 +1,1 @@
+"""The networks: tokenizer, denoiser, joint encoders and the evaluation's judge."""

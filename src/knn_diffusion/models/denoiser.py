@@ -1,0 +1,358 @@
+"""The paper's transformer (A.2): it sees noised tokens x_n, the step n and y, and predicts x_0.
+
+    tokens + row + column ─▶ depth × [ AdaLN(n) → self-attention
+                                       AdaLN(n) → cross-attention to y
+                                       LayerNorm → MLP ] ─▶ LayerNorm ─▶ logits over the vocabulary
+
+Axis words beyond the legend of `shapes`: `depth` blocks; `places` positions of the transformer, (grid / patch_size)²;
+`pairs` (head, slot), slots fastest; `step_width` the hidden size of the step's embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import sqrt
+from typing import cast
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from knn_diffusion.config import config, require
+from knn_diffusion.errors import FingerprintError, UsageError
+from knn_diffusion.shapes import Condition, Logits, Steps, Tokens
+
+ABSENT = -3e4
+"""Score of an absent slot: softmax makes it 0, and float16 and bfloat16 hold it, unlike float32's minimum."""
+
+
+@config
+class DenoiserConfig:
+    """Size of the transformer, and what it is trained to read.
+
+    vocab_size            codes of the tokenizer, V; the mask id is V
+    grid                  tokens along one side of the image
+    width, depth, heads   hidden size, number of blocks, attention heads; heads divides width
+    condition_dim         width of the joint embedding space H
+    num_steps             N of the schedule, which sets the scale of the step's embedding
+    mlp_ratio             hidden size of the MLP over width
+    patch_size            p × p tokens share one place of the transformer; divides grid; 1 is the paper's
+    step_width            hidden size of the step's embedding: AdaLN needs 4 · width · step_width weights per block
+    cross_attention_bias  biases as in VQ-Diffusion; then the null condition no longer removes cross-attention
+    """
+
+    vocab_size: int
+    grid: int
+    width: int
+    depth: int
+    heads: int
+    condition_dim: int
+    num_steps: int
+    mlp_ratio: int = 4
+    patch_size: int = 1
+    step_width: int = 64
+    cross_attention_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require(isinstance(value, bool) or value >= 1, field.name, value, "at least 1")
+        require(self.width % self.heads == 0, "heads", self.heads, f"a divisor of width {self.width}")
+        require(self.grid % self.patch_size == 0, "patch_size", self.patch_size, f"a divisor of grid {self.grid}")
+        require(self.width % self.patch_size == 0, "patch_size", self.patch_size, f"a divisor of width {self.width}")
+        require(self.step_width >= 2 and self.step_width % 2 == 0, "step_width", self.step_width, "even and at least 2")
+
+    @property
+    def seq(self) -> int:
+        """Tokens of one image."""
+        return self.grid**2
+
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for [MASK]."""
+        return self.vocab_size
+
+
+PAPER = DenoiserConfig(
+    vocab_size=2887, grid=32, width=1024, depth=24, heads=16, condition_dim=512, num_steps=100, step_width=1024
+)
+"""The paper's transformer: 24 blocks over 32 × 32 tokens of 2,887 codes; 487.1 M parameters (the paper says 470 M)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedCondition:
+    """y as every block's cross-attention reads it: made once per image by `Denoiser.prepare`, used at every step."""
+
+    keys: Float[Tensor, "depth batch width pairs"]
+    offsets: Float[Tensor, "depth batch 1 pairs"]
+    values: Float[Tensor, "depth batch pairs width"]
+
+    @staticmethod
+    def cat(parts: Sequence[PreparedCondition]) -> PreparedCondition:
+        """The rows of all parts as one batch, for instance the conditional and then the null half of guidance."""
+        return PreparedCondition(
+            keys=torch.cat([part.keys for part in parts], dim=1),
+            offsets=torch.cat([part.offsets for part in parts], dim=1),
+            values=torch.cat([part.values for part in parts], dim=1),
+        )
+
+    def select(self, rows: slice | Sequence[int] | Tensor) -> PreparedCondition:
+        """The given images only, in the given order."""
+        picked = rows if isinstance(rows, slice | Tensor) else list(rows)
+        return PreparedCondition(
+            keys=self.keys[:, picked], offsets=self.offsets[:, picked], values=self.values[:, picked]
+        )
+
+
+class StepEmbedding(nn.Module):
+    """The step n as a vector, shared by all norms: sinusoids of n / N through a small MLP.
+
+    Differs from VQ-Diffusion, which keeps a table of N rows in every norm: neighboring steps denoise nearly the same
+    mixture, so a smooth function of n learns from all of them, and a small model spends nothing on 2 · depth tables.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.num_steps = config.num_steps
+        self.inner = nn.Linear(config.step_width, config.step_width)
+        self.outer = nn.Linear(config.step_width, config.step_width)
+
+    def forward(self, step: Steps) -> Float[Tensor, "batch step_width"]:
+        """Embed steps 1 … N; the sinusoids are float32 whatever the weights are, since their phase goes to 100."""
+        exponents = torch.linspace(0, -3, self.inner.in_features // 2, device=step.device, dtype=torch.float32)
+        phase = 100 * (step / self.num_steps)[:, None] * 10**exponents  # batch step_width/2
+        waves = torch.cat([phase.cos(), phase.sin()], dim=-1)  # batch step_width
+        return functional.silu(self.outer(functional.silu(self.inner(waves.to(self.inner.weight.dtype)))))
+
+
+class SelfAttention(nn.Module):
+    """Full attention of every place to every place."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+
+    def forward(self, h: Float[Tensor, "batch places width"]) -> Float[Tensor, "batch places width"]:
+        """Mix the places."""
+        q, k, v = rearrange(self.query_key_value(h), "b s (three n c) -> three b n s c", three=3, n=self.heads)
+        return self.output(rearrange(attend(q, k, v), "b n s c -> b s (n c)"))
+
+
+def attend(
+    q: Float[Tensor, "batch heads places channels"],
+    k: Float[Tensor, "batch heads places channels"],
+    v: Float[Tensor, "batch heads places channels"],
+) -> Float[Tensor, "batch heads places channels"]:
+    """Softmax attention by torch's fused kernel, or by plain products where those are faster.
+
+    On a CPU in bfloat16 the fused kernel takes 1.9 ms where two products and a softmax take 1.1 (2 × 4 heads, 256
+    places), and the table of weights that it avoids is small unless gradients must keep it.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1)
+        return torch.matmul(weights, v)
+    return functional.scaled_dot_product_attention(q, k, v)
+
+
+class CrossAttention(nn.Module):
+    """Attention to the slots of y, with the projections of the many places folded into the few keys and values.
+
+    The score (W_q h)·k equals h·(W_qᵀ k), and the output W_o Σ p v equals Σ p (W_o v). W_qᵀ k and W_o v depend on y
+    alone, so `prepare` makes them once per image; a place then costs 2 · heads · slots · width products instead of
+    2 · width² and the attention. For the paper's 11 slots and 16 heads that is a sixth.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        bias = config.cross_attention_bias
+        self.query = nn.Linear(config.width, config.width, bias=bias)
+        self.key_value = nn.Linear(config.condition_dim, 2 * config.width, bias=bias)
+        self.output = nn.Linear(config.width, config.width, bias=bias)
+
+    def prepare(
+        self, y: Float[Tensor, "batch slots dim"], present: Bool[Tensor, "batch slots"]
+    ) -> tuple[Float[Tensor, "batch width pairs"], Float[Tensor, "batch 1 pairs"], Float[Tensor, "batch pairs width"]]:
+        """Keys, score offsets and values of y; an absent slot has the offset ABSENT and the value 0."""
+        k, v = rearrange(self.key_value(y), "b s (two n c) -> two b n s c", two=2, n=self.heads)
+        k = k / sqrt(k.shape[-1])
+        absent = ~present[:, None, :, None]  # batch 1 slots 1
+        keys = torch.einsum("bnsc,ncw->bwns", k, rearrange(self.query.weight, "(n c) w -> n c w", n=self.heads))
+        values = torch.einsum("bnsc,wnc->bnsw", v, rearrange(self.output.weight, "w (n c) -> w n c", n=self.heads))
+        offsets = torch.zeros_like(k[..., :1])
+        if self.query.bias is not None:
+            offsets = k @ rearrange(self.query.bias, "(n c) -> n c 1", n=self.heads)
+        offsets = offsets.masked_fill(absent, ABSENT)
+        values = values.masked_fill(absent, 0)  # a row without any present slot attends to zeros, as the null does
+        return keys.flatten(2), rearrange(offsets, "b n s 1 -> b 1 (n s)"), values.flatten(1, 2)
+
+    def forward(
+        self,
+        h: Float[Tensor, "batch places width"],
+        keys: Float[Tensor, "batch width pairs"],
+        offsets: Float[Tensor, "batch 1 pairs"],
+        values: Float[Tensor, "batch pairs width"],
+    ) -> Float[Tensor, "batch places width"]:
+        """Read from y what `prepare` made of it; a zero y gives exactly zero."""
+        scores = torch.baddbmm(offsets, h, keys)  # batch places pairs
+        scores = rearrange(scores, "b s (n slots) -> b s n slots", n=self.heads)
+        weights = scores.softmax(dim=-1).flatten(2)  # batch places pairs
+        out = torch.bmm(weights.to(values.dtype), values)  # batch places width
+        return out if self.output.bias is None else out + self.output.bias
+
+
+class Block(nn.Module):
+    """One transformer block; the step enters through the norms of both attentions."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(config)
+        self.cross_attention = CrossAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp_in = nn.Linear(config.width, config.mlp_ratio * config.width)
+        self.mlp_out = nn.Linear(config.mlp_ratio * config.width, config.width)
+
+    def forward(
+        self,
+        h: Float[Tensor, "batch places width"],
+        modulation: Float[Tensor, "4 batch 1 width"],
+        keys: Float[Tensor, "batch width pairs"],
+        offsets: Float[Tensor, "batch 1 pairs"],
+        values: Float[Tensor, "batch pairs width"],
+    ) -> Float[Tensor, "batch places width"]:
+        """Add what the three branches say."""
+        self_scale, self_shift, cross_scale, cross_shift = modulation
+        h = h + self.self_attention(adaptive_norm(h, self_scale, self_shift))
+        h = h + self.cross_attention(adaptive_norm(h, cross_scale, cross_shift), keys, offsets, values)
+        return h + self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(h))))
+
+
+def adaptive_norm(
+    h: Float[Tensor, "batch places width"], scale: Float[Tensor, "batch 1 width"], shift: Float[Tensor, "batch 1 width"]
+) -> Float[Tensor, "batch places width"]:
+    """AdaLN: LayerNorm without weights of its own, then the scale and shift of the step (A.2)."""
+    return torch.addcmul(shift, functional.layer_norm(h, h.shape[-1:]), 1 + scale)
+
+
+class Denoiser(nn.Module):
+    """p(x_0 | x_n, y) for every token at once.
+
+    The query slot and the neighbor slots enter through projections of their own; neighbors carry no rank, so their
+    order does not matter. Neither these nor any of cross-attention's projections has a bias, and nothing is added to
+    y: the null condition y' = 0 gives zero values and removes cross-attention exactly (Sec. 3.2's claim).
+
+    Differs from VQ-Diffusion, which the paper follows: no biases in cross-attention (`cross_attention_bias`), one
+    shared embedding of the step, initial weights scaled to their fan-in.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        p, places = config.patch_size, config.grid // config.patch_size
+        self.token_table = nn.Embedding(config.vocab_size + 1, config.width // p)
+        self.merge = nn.Identity() if p == 1 else nn.Linear(p * config.width, config.width)
+        self.row_table = nn.Parameter(torch.empty(places, 1, config.width))
+        self.column_table = nn.Parameter(torch.empty(places, config.width))
+        self.step_embedding = StepEmbedding(config)
+        self.modulation = nn.Linear(config.step_width, config.depth * 4 * config.width)
+        self.query_slot = nn.Linear(config.condition_dim, config.condition_dim, bias=False)
+        self.neighbor_slots = nn.Linear(config.condition_dim, config.condition_dim, bias=False)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.head_norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, p * p * config.vocab_size)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Draw all weights so that signals of unit size stay of unit size, and the first prediction is uniform."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # Token, row and column add up to unit variance, so that the first block hears all three.
+        for table in (self.token_table.weight, self.row_table, self.column_table):
+            nn.init.normal_(table, std=3**-0.5)
+        # The 3 · depth branches together add unit variance to the stream, however deep it is.
+        for block in self._blocks:
+            for layer in (block.self_attention.output, block.cross_attention.output, block.mlp_out):
+                nn.init.normal_(layer.weight, std=(3 * self.config.depth * layer.in_features) ** -0.5)
+        # AdaLN starts near the plain norm, the logits near zero: the loss starts at ln(vocab). Not at zero itself,
+        # which would stop the gradient to everything behind it in the first step.
+        for layer in (self.modulation, self.head):
+            nn.init.normal_(layer.weight, std=0.1 * layer.in_features**-0.5)
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))  # torch's stubs say Module
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def prepare(self, condition: Condition) -> PreparedCondition:
+        """Cross-attention's keys and values in every block; they do not depend on the step.
+
+        Raises: FingerprintError when y has another width than the denoiser was built for.
+        """
+        expected, got = self.config.condition_dim, condition.y.shape[-1]
+        if got != expected:
+            raise FingerprintError(
+                f"the denoiser reads {expected}-d embeddings, the condition has {got}-d ones: "
+                "use the encoder it was trained with"
+            )
+        # Entries of a unit vector have size dim^-½; bring them to unit size, as the layers behind expect.
+        y = condition.y.to(self.query_slot.weight.dtype) * sqrt(expected)  # batch slots dim
+        y = torch.cat([self.query_slot(y[:, :1]), self.neighbor_slots(y[:, 1:])], dim=1)  # batch slots dim
+        layers = [block.cross_attention.prepare(y, condition.present) for block in self._blocks]
+        keys, offsets, values = (torch.stack(parts) for parts in zip(*layers, strict=True))
+        return PreparedCondition(keys=keys, offsets=offsets, values=values)
+
+    def modulate(self, step: Steps) -> Float[Tensor, "depth 4 batch 1 width"]:
+        """AdaLN's scale and shift at the step: for each block self-attention's pair, then cross-attention's."""
+        scales_shifts = self.modulation(self.step_embedding(step))  # batch (depth 4 width)
+        return rearrange(scales_shifts, "b (d four w) -> d four b 1 w", d=self.config.depth, four=4)
+
+    def forward(self, x_n: Tokens, step: Steps, condition: Condition | PreparedCondition) -> Logits:
+        """Predict x_0 from noised tokens.
+
+        Args:
+            x_n: codes in [0, vocab], where vocab is [MASK].
+            step: the step 1 … N of each row.
+            condition: y, or better what `prepare` made of it when the same y serves many steps.
+
+        Returns: logits over the codes in float32, whatever the arithmetic.
+        Raises: UsageError when the number of tokens is not grid²; FingerprintError as `prepare`.
+        """
+        if x_n.shape[1] != self.config.seq:
+            raise UsageError(
+                f"the denoiser works on {self.config.grid} × {self.config.grid} tokens, "
+                f"got {x_n.shape[1]} in a row: use the tokenizer it was trained with"
+            )
+        prepared = condition if isinstance(condition, PreparedCondition) else self.prepare(condition)
+        h = self.embed(x_n)  # batch places width
+        layers = zip(self.modulate(step), prepared.keys, prepared.offsets, prepared.values, strict=True)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            h = block(h, *layer)  # batch places width
+        logits = self.head(self.head_norm(h))  # batch places (patch vocab)
+        return self.unmerge(logits).float()  # batch seq vocab
+
+    def embed(self, x_n: Tokens) -> Float[Tensor, "batch places width"]:
+        """Embeddings of the tokens, p × p of them merged, plus where they stand."""
+        p, side = self.config.patch_size, self.config.grid // self.config.patch_size
+        h = self.token_table(x_n)  # batch seq width/p
+        if p > 1:
+            h = rearrange(h, "b (i p j q) w -> b (i j) (p q w)", i=side, j=side, p=p, q=p)  # batch places p·width
+        return self.merge(h) + (self.row_table + self.column_table).flatten(0, 1)  # batch places width
+
+    def unmerge(self, logits: Float[Tensor, "batch places patch_vocab"]) -> Logits:
+        """Logits of each token of each place, in grid order."""
+        p, side = self.config.patch_size, self.config.grid // self.config.patch_size
+        if p == 1:
+            return logits
+        return rearrange(logits, "b (i j) (p q v) -> b (i p j q) v", i=side, j=side, p=p, q=p)

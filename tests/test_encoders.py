@@ -1,0 +1,252 @@
+"""Every encoder answers the same calls with unit rows that do not depend on what else was encoded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_encoder import tiny_encoder, tiny_tokenizer
+
+from knn_diffusion.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from knn_diffusion.errors import CheckpointError, ConfigError, MissingDependencyError, UsageError
+from knn_diffusion.models import encoders
+from knn_diffusion.models.encoders import (
+    IMAGES_AT_ONCE,
+    JointEncoder,
+    SmallJointEncoder,
+    TransformersEncoder,
+    load_encoder,
+    save_encoder,
+    vector_of,
+)
+from knn_diffusion.models.small_encoder import (
+    Painter,
+    SmallEncoder,
+    SmallEncoderConfig,
+    contrastive_loss,
+    looks_loss,
+)
+
+TEXTS = ["a red dog", "the blue heart", "apple"]
+
+
+def some_images(count: int, seed: int = 0) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (20 + i % 3, 18, 3), np.uint8)) for i in range(count)]
+
+
+def published(folder: Path, kind: str) -> Path:
+    """A folder as the hub serves it: a tiny CLIP or SigLIP with seeded random weights."""
+    import transformers
+
+    torch.manual_seed(5)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer(), unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    towers: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = towers | {"vocab_size": len(tokenizer), "max_position_embeddings": 12}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    vision = towers | {"image_size": 16, "patch_size": 8}
+    if kind == "clip":
+        config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)
+        model: Any = transformers.CLIPModel(config)
+        processor: Any = transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        )
+    else:
+        model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+        processor = transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    for part in (model, processor, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["small", "clip", "siglip"])
+def encoder(request: pytest.FixtureRequest, tmp_path: Path) -> JointEncoder:
+    return tiny_encoder() if request.param == "small" else load_encoder(published(tmp_path / "hub", request.param))
+
+
+def test_rows_are_float32_unit_vectors(encoder: JointEncoder) -> None:
+    assert isinstance(encoder, JointEncoder)
+    for rows, count in ((encoder.encode_images(some_images(3)), 3), (encoder.encode_texts(TEXTS), 3)):
+        assert rows.shape == (count, encoder.dim)
+        assert rows.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+
+
+def test_no_images_and_no_texts_give_no_rows(encoder: JointEncoder) -> None:
+    assert encoder.encode_images([]).shape == (0, encoder.dim)
+    assert encoder.encode_texts([]).shape == (0, encoder.dim)
+
+
+def test_a_vector_does_not_depend_on_its_company(encoder: JointEncoder) -> None:
+    many = some_images(IMAGES_AT_ONCE + 3)
+    together = encoder.encode_images(many)
+    np.testing.assert_array_equal(together[:2], encoder.encode_images(many[:2]))
+    np.testing.assert_array_equal(together[-1:], encoder.encode_images(many[-1:]))
+    np.testing.assert_array_equal(encoder.encode_texts(TEXTS)[1:2], encoder.encode_texts(TEXTS[1:2]))
+
+
+def test_a_saved_encoder_keeps_its_vectors_and_its_fingerprint(encoder: JointEncoder, tmp_path: Path) -> None:
+    save_encoder(encoder, tmp_path / "once")
+    once = load_encoder(tmp_path / "once")
+    save_encoder(once, tmp_path / "twice")
+    twice = load_encoder(tmp_path / "twice")
+    assert once.fingerprint == twice.fingerprint
+    assert len(once.fingerprint) == 64
+    np.testing.assert_array_equal(once.encode_images(some_images(2)), encoder.encode_images(some_images(2)))
+    np.testing.assert_array_equal(once.encode_texts(TEXTS), twice.encode_texts(TEXTS))
+    assert (once.encode_texts(TEXTS) * encoder.encode_texts(TEXTS)).sum(1).min() > 0.999
+    assert "weights_sha256" in json.loads((tmp_path / "once" / CONFIG_FILE).read_text())
+
+
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_an_empty_prompt_is_refused(encoder: JointEncoder, prompt: str) -> None:
+    with pytest.raises(UsageError, match="at least one word"):
+        encoder.encode_texts([prompt])
+
+
+def test_an_over_long_prompt_is_refused_with_the_limit_and_what_came(encoder: JointEncoder) -> None:
+    with pytest.raises(UsageError, match=r"at most \d+ .*, got \d+ .*: shorten the prompt"):
+        encoder.encode_texts(["dog " * 40])
+
+
+def test_the_text_tower_lies_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    save_encoder(tiny_encoder(), tmp_path / "encoder")
+    assert (tmp_path / "encoder" / "text" / WEIGHTS_FILE).is_file()
+    before = (tmp_path / "encoder" / "text" / WEIGHTS_FILE).read_bytes()
+    loaded = load_encoder(tmp_path / "encoder")
+    assert isinstance(loaded, SmallJointEncoder)
+    loaded.network.image_tower.head.weight.data.mul_(2)
+    save_encoder(loaded, tmp_path / "encoder")
+    assert (tmp_path / "encoder" / "text" / WEIGHTS_FILE).read_bytes() == before
+
+
+def test_other_weights_or_another_vocabulary_are_another_fingerprint() -> None:
+    encoder, other = tiny_encoder(), tiny_encoder(1)
+    mixed = SmallJointEncoder(encoder.network, other.sentences, "tiny")
+    assert len({encoder.fingerprint, other.fingerprint, mixed.fingerprint}) == 3
+    assert tiny_encoder().fingerprint == encoder.fingerprint
+
+
+def test_another_preprocessing_is_another_fingerprint(tmp_path: Path) -> None:
+    encoder = load_encoder(published(tmp_path, "clip"))
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    settings["image_mean"] = [0.5, 0.5, 0.5]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert load_encoder(tmp_path).fingerprint != encoder.fingerprint
+
+
+def test_features_may_come_as_a_tensor_or_as_an_object() -> None:
+    vector = torch.ones(1, 3)
+    assert vector_of(vector) is vector
+    assert vector_of(SimpleNamespace(pooler_output=vector)) is vector
+
+
+def test_the_adapter_works_with_a_library_that_answers_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_encoder(published(tmp_path, "clip"))
+    assert isinstance(encoder, TransformersEncoder)
+    expected = encoder.encode_images(some_images(2)), encoder.encode_texts(TEXTS)
+    for name in ("get_image_features", "get_text_features"):
+        new = getattr(encoder.model, name)
+        monkeypatch.setattr(encoder.model, name, lambda new=new, **inputs: new(**inputs).pooler_output)
+    np.testing.assert_array_equal(encoder.encode_images(some_images(2)), expected[0])
+    np.testing.assert_array_equal(encoder.encode_texts(TEXTS), expected[1])
+
+
+def test_clip_vectors_are_the_librarys_own(tmp_path: Path) -> None:
+    import transformers
+
+    encoder = load_encoder(published(tmp_path, "clip"))
+    model = transformers.CLIPModel.from_pretrained(tmp_path)
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path)
+    inputs = processor(images=some_images(3), return_tensors="pt")
+    with torch.no_grad():
+        features = model.get_image_features(**inputs).pooler_output
+    expected = torch.nn.functional.normalize(features, dim=-1).numpy()
+    np.testing.assert_allclose(encoder.encode_images(some_images(3)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_siglip_texts_are_padded_to_the_full_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_encoder(published(tmp_path, "siglip"))
+    assert isinstance(encoder, TransformersEncoder)
+    seen: list[tuple[int, ...]] = []
+    original = encoder.model.get_text_features
+
+    def spy(**inputs: torch.Tensor) -> Any:
+        seen.append(tuple(inputs["input_ids"].shape))
+        return original(**inputs)
+
+    monkeypatch.setattr(encoder.model, "get_text_features", spy)
+    encoder.encode_texts(["dog"])
+    assert seen == [(1, 12)]
+
+
+def test_without_transformers_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'knn-diffusion\[clip\]'"):
+        load_encoder("clip")
+
+
+def test_a_model_that_is_not_here_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match=r"expected an encoder .*got 'no/such-model'"):
+        load_encoder("no/such-model")
+
+
+def test_a_folder_that_is_no_encoder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises((CheckpointError, ConfigError), match="expected a small-encoder"):
+        load_encoder(tmp_path)
+
+
+def test_the_registry_takes_new_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny_encoder()
+    monkeypatch.setitem(encoders.REGISTRY, "mine", lambda network: made)
+    assert load_encoder("mine") is made
+
+
+def test_each_caption_finds_its_image_when_vectors_agree_and_also_true_pairs_are_left_out() -> None:
+    vectors = torch.eye(3)
+    nothing = torch.zeros(3, 3, dtype=torch.bool)
+    scale = torch.tensor(50.0)
+    assert contrastive_loss(vectors, vectors, scale, nothing) < 1e-6
+    twins = torch.stack([vectors[0], vectors[0], vectors[2]])
+    both = torch.zeros(3, 3, dtype=torch.bool)
+    both[0, 1] = both[1, 0] = both[0, 0] = True
+    assert contrastive_loss(twins, twins, scale, nothing) > 0.4
+    assert contrastive_loss(twins, twins, scale, both) < 1e-6
+
+
+def test_looks_loss_is_zero_only_for_the_thumbnail_itself_and_dislikes_lost_edges() -> None:
+    thumbnail = torch.zeros(1, 3, 8, 8)
+    thumbnail[..., 4:] = 1
+    assert looks_loss(thumbnail, thumbnail) == 0
+    flat = torch.full_like(thumbnail, 0.5)
+    assert looks_loss(flat, thumbnail) > looks_loss(thumbnail + 0.5, thumbnail)
+
+
+def test_the_painter_gives_thumbnails() -> None:
+    assert Painter(8, 16)(torch.zeros(2, 8)).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("wrong", [{"size": 20}, {"blocks": (1,)}, {"squeeze": 0.0}, {"dim": 0}])
+def test_an_impossible_shape_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SmallEncoderConfig(**wrong)
+
+
+def test_the_default_tower_has_the_size_it_states() -> None:
+    count = sum(parameter.numel() for parameter in SmallEncoder(SmallEncoderConfig()).parameters())
+    assert 2.8e6 < count < 3.0e6

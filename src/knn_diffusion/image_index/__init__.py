@@ -1,0 +1,6 @@
+"""Images to retrieve from, with the encoder that placed them: build, open, add, remove, search."""
+
+from knn_diffusion.image_index.index import ImageIndex
+from knn_diffusion.image_index.ingest import AddReport, Skipped, content_digest
+
+__all__ = ["AddReport", "ImageIndex", "Skipped", "content_digest"]

@@ -1,0 +1,392 @@
+"""Images to retrieve from: an encoder, a store and a search, in one object.
+
+    index = ImageIndex.build(["photos"], "my-index", encoder="stickers")
+    index.search_text("a red heart", k=5).ids
+    index.add(["new/*.png"])
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import threading
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float16, Int
+from PIL import Image
+
+from knn_diffusion import images as pictures
+from knn_diffusion.checkpoint import atomic_folder
+from knn_diffusion.config import from_dict, to_dict
+from knn_diffusion.errors import FingerprintError, ImageError, StoreError, UsageError
+from knn_diffusion.image_index.ingest import AddReport, Batch, Images, find_sources
+from knn_diffusion.models.encoders import JointEncoder, load_encoder
+from knn_diffusion.retrieval.database import DATABASE
+from knn_diffusion.retrieval.dedup import OFF, DedupConfig, calibrate, default_rule
+from knn_diffusion.retrieval.engines import IndexConfig, cache_problem
+from knn_diffusion.retrieval.index import LocalRetriever, Plan
+from knn_diffusion.retrieval.neighbors import Progress, neighbors_of, self_neighbors
+from knn_diffusion.retrieval.segments import unit_rows
+from knn_diffusion.retrieval.store import EncoderIdentity, Store
+from knn_diffusion.shapes import Neighbors
+
+BUNDLES = Path(__file__).parent.parent / "bundles"
+Excluded = Collection[str] | Sequence[Collection[str]]
+
+
+class ImageIndex:
+    """A folder of images that can be searched by text, by image and by vector.
+
+    Reads may come from any number of threads. An index that is read-only (inside the package, or without write
+    permission) takes `add` and `remove` in memory only; `save` keeps them elsewhere.
+    """
+
+    def __init__(
+        self, store: Store, encoder: JointEncoder | str | Path | None = None, settings: IndexConfig | None = None
+    ) -> None:
+        self._store = store
+        self._encoder: JointEncoder | None = None
+        self._encoder_place = encoder if isinstance(encoder, str | Path) else None
+        self._lock = threading.Lock()
+        self.report: AddReport | None = None
+        """What `build` did with its images."""
+        self._retriever = LocalRetriever(store, settings, self._stored_rule())
+        if encoder is not None and not isinstance(encoder, str | Path):
+            self._encoder = self._checked(encoder)
+
+    @classmethod
+    def build(
+        cls,
+        images: Images,
+        path: str | Path | None,
+        encoder: JointEncoder | str | Path,
+        *,
+        progress: Progress | None = None,
+        previews: bool = True,
+        settings: IndexConfig | None = None,
+        rule: DedupConfig | None = None,
+    ) -> ImageIndex:
+        """A new index of the images in a new folder, or in memory when `path` is None; `report` says what was skipped.
+
+        Args:
+            images: folders, files, wildcards, tar shards, parquet tables, or pictures.
+            encoder: a joint encoder, or the name or folder of one.
+            previews: keep a picture of at most 64 pixels of each image, to show neighbors by.
+            rule: when two images count as the same; None takes the encoder's, or calibrates one on these images.
+
+        Raises: UsageError when the folder exists or no image is found; ImageError when none can be used. After an
+            interruption the folder holds what was added so far, and `add` goes on from there.
+        """
+        found, loaded = find_sources(images), _loaded(encoder)
+        identity = EncoderIdentity(name=loaded.name, fingerprint=loaded.fingerprint, dim=loaded.dim)
+        store = Store.create(Path(path) if path is not None else None, identity)
+        if isinstance(encoder, str | Path):
+            place = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
+            store.set_setting("encoder_place", place)
+        index = cls(store, loaded, settings)
+        try:
+            report = index.report = index.add(found, progress=progress, previews=previews)
+        finally:
+            if not len(index):
+                index._abandon()
+        if not report.added:
+            first = report.skipped[0]
+            raise ImageError(
+                f"none of {len(found)} images could be used (first: {first.source}: {first.reason}): mend or replace them"
+            )
+        index.set_rule(rule or default_rule(loaded.name) or calibrate(store))
+        index._retriever.prepare()
+        return index
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        encoder: JointEncoder | str | Path | None = None,
+        *,
+        read_only: bool = False,
+        settings: IndexConfig | None = None,
+    ) -> ImageIndex:
+        """The index in a folder, or the bundled one of that name.
+
+        Args:
+            encoder: the one the index was built with; None loads it when first needed.
+
+        Raises: StoreError when there is no sound index; FingerprintError when it was built with another encoder.
+        """
+        store = Store.open(_resolve(path), read_only=read_only)
+        try:
+            return cls(store, encoder, settings)
+        except BaseException:
+            store.close()
+            raise
+
+    # Changing
+
+    def add(self, images: Images, *, progress: Progress | None = None, previews: bool = True) -> AddReport:
+        """Add images; each batch is on the disk, and found by searches, when the next one starts.
+
+        An image that cannot be read is listed with its reason and passed over; one that is there already, pixel for
+        pixel, is counted and passed over.
+
+        Raises: UsageError when no image is found; KnnDiffusionError when the disk is full: earlier batches stay.
+        """
+        found = find_sources(images)
+        batch = Batch(self._store, self.encoder, previews, AddReport())
+        try:
+            for number, source in enumerate(found):
+                batch.take(source)
+                if progress is not None:
+                    progress("adding images", number + 1, len(found))
+            batch.encode()
+        finally:
+            batch.commit()
+        return batch.report
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove images; the next search does not find them.
+
+        Raises: UsageError naming an unknown id, before anything is removed.
+        """
+        self._store.remove(ids)
+
+    def set_rule(self, rule: DedupConfig) -> None:
+        """Keep with the index when two of its images count as the same picture."""
+        self._store.set_setting("dedup", json.dumps(to_dict(rule)))
+        self._retriever.rule = rule
+
+    def save(self, path: str | Path, *, sealed: bool = False) -> None:
+        """Write the index as it is now, additions in memory included, into a new folder.
+
+        Args:
+            sealed: the copy opens read-only and its folder never changes, as inside a package.
+
+        Raises: UsageError when the folder exists; KnnDiffusionError when the disk is full, and then nothing is left.
+        """
+        target = Path(path)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UsageError(f"expected a new folder for the index, {target} exists: choose another")
+        with atomic_folder(target) as temporary:
+            self._store.copy_to(temporary, sealed=sealed)
+
+    def close(self) -> None:
+        """Leave no journal beside the database; the index cannot be used afterwards."""
+        self._store.close()
+
+    def __enter__(self) -> ImageIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Searching
+
+    def search(
+        self,
+        queries: Float[np.ndarray, "queries dim"],
+        k: int,
+        exclude_ids: Excluded | None = None,
+        where: str | None = None,
+        *,
+        deduplicate: bool = True,
+    ) -> Neighbors:
+        """The k nearest images of each vector, best first, copies of a better one left out.
+
+        Args:
+            exclude_ids: ids no query may find, or for each query the ids it may not find.
+            where: an SQL condition over id, source, key and added_at, such as `source LIKE '%fruit%'`.
+
+        Raises: UsageError when k is below 1 or beyond the index, or `where` is no condition; FingerprintError when the
+            vectors have another width.
+        """
+        excluded = _per_query(exclude_ids, len(queries))
+        return self._retriever.search(queries, k, excluded, where, rule=None if deduplicate else OFF)
+
+    def search_text(self, text: str | Sequence[str], k: int, **options: Any) -> Neighbors:
+        """The k images nearest to each text; options as in `search`."""
+        return self.search(self.encoder.encode_texts([text] if isinstance(text, str) else list(text)), k, **options)
+
+    def search_image(self, image: str | Path | Image.Image, k: int, **options: Any) -> Neighbors:
+        """The k images nearest to an image, the image itself first if it is in the index; options as in `search`."""
+        return self.search(self.encoder.encode_images([pictures.open_image(image)]), k, **options)
+
+    def neighbor_rows(
+        self,
+        queries: Float[np.ndarray, "queries dim"],
+        k: int,
+        exclude_ids: Excluded | None = None,
+        *,
+        device: str = "cpu",
+    ) -> Int[np.ndarray, "queries k"]:
+        """For training: rows of `embeddings` nearest to each image, -1 where too few are left; near-copies left out.
+
+        Args:
+            exclude_ids: as in `search`; the first of a query is the image itself.
+        """
+        rows = self._store.snapshot().live_rows
+        excluded = _per_query(exclude_ids, len(queries)) or [[]] * len(queries)
+        found = self._store.rows_of([one for ids in excluded for one in ids])
+        places = np.where(found >= 0, np.searchsorted(rows, found), -1)
+        table = np.full((len(queries), max((len(ids) for ids in excluded), default=0)), -1, np.int64)
+        table[np.arange(table.shape[1]) < np.array([len(ids) for ids in excluded], np.int64)[:, None]] = places
+        units = unit_rows(queries, self.dim, "queries")
+        return neighbors_of(self._store, units, table, k, self.rule, device=device)
+
+    def self_neighbors(
+        self, k: int, *, device: str = "cpu", progress: Progress | None = None
+    ) -> Int[np.ndarray, "items k"]:
+        """For training: the rows of `embeddings` nearest to each of them, itself and its near-copies left out."""
+        return self_neighbors(self._store, k, self.rule, device=device, progress=progress)
+
+    # Facts
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __contains__(self, id_: object) -> bool:
+        return isinstance(id_, str) and bool(self._store.rows_of([id_])[0] >= 0)
+
+    @property
+    def encoder(self) -> JointEncoder:
+        """The joint encoder of the index, loaded when first asked for.
+
+        Raises: FingerprintError when the one of that name or place is another; UsageError when there is none.
+        """
+        with self._lock:
+            if self._encoder is None:
+                place = self._encoder_place or self._neighboring_encoder() or self._store.setting("encoder_place")
+                self._encoder = self._checked(_loaded(place or self._store.encoder.name))
+            return self._encoder
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return self._store.encoder.dim
+
+    @property
+    def rule(self) -> DedupConfig:
+        """When two images count as the same picture."""
+        return self._retriever.rule
+
+    @property
+    def read_only(self) -> bool:
+        """Whether changes stay in memory."""
+        return self._store.read_only
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of every image, in the order of `embeddings`."""
+        return [item.id for item in self._store.items(self._store.snapshot().live_rows)]
+
+    @property
+    def embeddings(self) -> Float16[np.ndarray, "items dim"]:
+        """The stored unit vector of every image, in the order they were added."""
+        snapshot = self._store.snapshot()
+        return self._store.embeddings(snapshot.live_rows, snapshot)
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever the images, their order, or the rule of de-duplication do."""
+        snapshot = self._store.snapshot()
+        parts = snapshot.digest(len(snapshot.segments)), np.packbits(snapshot.alive).tobytes().hex(), repr(self.rule)
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def sources(self, ids: Sequence[str]) -> list[str]:
+        """Where the images came from. Raises: UsageError for an unknown id."""
+        return [item.source for item in self._store.items(self._rows(ids))]
+
+    def source(self, id_: str) -> str:
+        """Where an image came from. Raises: UsageError for an unknown id."""
+        return self.sources([id_])[0]
+
+    def preview(self, id_: str) -> Image.Image | None:
+        """A picture of at most 64 pixels, None when the image was added without. Raises: UsageError for an unknown id."""
+        content = self._store.preview(int(self._rows([id_])[0]))
+        return Image.open(io.BytesIO(content)).convert("RGB") if content is not None else None
+
+    def plan(self) -> Plan:
+        """How the index is searched at its size, and the memory that takes."""
+        return self._retriever.plan()
+
+    def info(self) -> dict[str, Any]:
+        """Facts to show: count, dim, encoder, fingerprint, engine, bytes on disk, de-duplication, read_only."""
+        made = self._store.encoder
+        return {
+            "count": len(self),
+            "dim": made.dim,
+            "encoder": made.name,
+            "fingerprint": made.fingerprint,
+            "engine": self.plan().engine,
+            "bytes": self._store.bytes_on_disk(),
+            "dedup": to_dict(self.rule),
+            "read_only": self.read_only,
+        }
+
+    def check(self) -> None:
+        """Verify every digest and count. Raises: StoreError listing all that is wrong."""
+        found = self._store.problems()
+        if self._store.folder is not None and (problem := cache_problem(self._store.folder)):
+            found.append(problem)
+        if found:
+            raise StoreError(f"{self._store.name} is not sound: {'; '.join(found)}: restore a copy or build the index again")
+
+    # Inside
+
+    def _rows(self, ids: Sequence[str]) -> Int[np.ndarray, "ids"]:
+        rows = self._store.rows_of(ids)
+        if unknown := [one for one, row in zip(ids, rows, strict=True) if row < 0]:
+            raise UsageError(f"expected the id of an image in {self._store.name}, got {unknown[0]!r}: search to see its ids")
+        return rows
+
+    def _checked(self, encoder: JointEncoder) -> JointEncoder:
+        made = self._store.encoder
+        if (encoder.fingerprint, encoder.dim) != (made.fingerprint, made.dim):
+            raise FingerprintError(
+                f"{self._store.name} was built with {made.name} ({made.dim}-d, {made.fingerprint[:12]}), the encoder is "
+                f"{encoder.name} ({encoder.dim}-d, {encoder.fingerprint[:12]}): load that encoder or build the index again"
+            )
+        return encoder
+
+    def _stored_rule(self) -> DedupConfig:
+        stored = self._store.setting("dedup")
+        if stored is None:
+            return default_rule(self._store.encoder.name) or DedupConfig(cosine=0.98)
+        return from_dict(DedupConfig, json.loads(stored), source=self._store.name)
+
+    def _neighboring_encoder(self) -> Path | None:
+        """The encoder of the model folder that the index lies in."""
+        place = self._store.folder.parent / "encoder" if self._store.folder is not None else None
+        return place if place is not None and place.is_dir() else None
+
+    def _abandon(self) -> None:
+        """Take away the folder of an index that got no image."""
+        self.close()
+        folder = self._store.folder
+        if folder is not None:
+            (folder / DATABASE).unlink(missing_ok=True)
+            shutil.rmtree(folder / "segments")
+            folder.rmdir()
+
+
+def _loaded(encoder: JointEncoder | str | Path) -> JointEncoder:
+    return load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+
+
+def _resolve(path: str | Path) -> Path:
+    """The folder itself, or that of a bundled index."""
+    bundled = BUNDLES / str(path) / "index"
+    return bundled if not (Path(path) / DATABASE).is_file() and (bundled / DATABASE).is_file() else Path(path)
+
+
+def _per_query(exclude_ids: Excluded | None, count: int) -> list[list[str]] | None:
+    if exclude_ids is None:
+        return None
+    every = list(exclude_ids)
+    if all(isinstance(one, str) for one in every):
+        return [[str(one) for one in every]] * count
+    return [list(one) for one in every]

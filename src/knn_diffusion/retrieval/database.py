@@ -1,0 +1,130 @@
+"""The SQLite side of the store: schema, connections, filters, and SQLite's errors turned into ours."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from jaxtyping import Int
+
+from knn_diffusion.errors import StoreError, UsageError
+
+DATABASE = "store.sqlite"
+FILTER_COLUMNS = ("id", "source", "key", "added_at")
+SCHEMA = """
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE segments (number INTEGER PRIMARY KEY, first_row INTEGER NOT NULL, num_rows INTEGER NOT NULL,
+    embeddings_sha256 TEXT NOT NULL, thumbnails_sha256 TEXT, items_sha256 TEXT NOT NULL);
+CREATE TABLE items (row INTEGER PRIMARY KEY, id TEXT NOT NULL, source TEXT NOT NULL, key TEXT NOT NULL,
+    content BLOB NOT NULL, added_at REAL NOT NULL, deleted_at REAL);
+CREATE UNIQUE INDEX live_ids ON items (id) WHERE deleted_at IS NULL;
+CREATE UNIQUE INDEX live_contents ON items (content) WHERE deleted_at IS NULL;
+CREATE INDEX deleted_rows ON items (row) WHERE deleted_at IS NOT NULL;
+CREATE TABLE previews (row INTEGER PRIMARY KEY, picture BLOB NOT NULL, crc32 INTEGER NOT NULL);
+"""
+LOCK_SECONDS = 10.0
+
+
+def connect_in_memory() -> sqlite3.Connection:
+    """An empty database that lives as long as the connection."""
+    return _connect(":memory:")
+
+
+def connect_to_write(folder: Path, *, create: bool = False) -> sqlite3.Connection:
+    """A connection whose commits are on the disk when they return, and which leaves readers undisturbed (WAL)."""
+    with translated_errors(folder):
+        database = _connect(_uri(folder, "mode=rwc" if create else "mode=rw"))
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=FULL")
+        return database
+
+
+def connect_to_read(folder: Path) -> tuple[sqlite3.Connection, bool]:
+    """A connection, and whether the folder must not change: it is sealed, or may not be written.
+
+    Nothing is created beside a sealed database: it may lie in a package.
+    """
+    path = folder / DATABASE
+    writable = os.access(path, os.W_OK) and os.access(folder, os.W_OK)
+    journal = path.with_name(DATABASE + "-wal")
+    unfinished = journal.is_file() and journal.stat().st_size > 0
+    with translated_errors(folder):
+        if unfinished:
+            return _connect(_uri(folder, "mode=rw" if writable else "mode=ro")), not writable
+        database = _connect(_uri(folder, "mode=ro&immutable=1"))
+        found = database.execute("SELECT value FROM settings WHERE name = 'sealed'").fetchone()
+        if not writable or (found and found[0] == "yes"):
+            return database, True
+        database.close()
+        return _connect(_uri(folder, "mode=rw")), False
+
+
+def close_writer(database: sqlite3.Connection) -> None:
+    """Close and leave one file without a journal, unless another process still reads: then that is left to it."""
+    try:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        database.execute("PRAGMA journal_mode=DELETE")
+    except sqlite3.OperationalError:
+        pass
+    finally:
+        database.close()
+
+
+@contextmanager
+def translated_errors(folder: Path | None) -> Iterator[None]:
+    """Raise SQLite's errors as StoreError: in use, not writable, or damaged."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        name, code = str(folder or "the index in memory"), getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            text = f"{name} is in use by another writer: wait until it has finished"
+        elif code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            text = f"{name} could not be read or written ({error}): free space or mend permissions; nothing was changed"
+        else:
+            text = f"{name} holds a damaged {DATABASE} ({error}): restore a copy or build the index again"
+        raise StoreError(text) from None
+
+
+def rows_where(database: sqlite3.Connection, condition: str) -> Int[np.ndarray, "some"]:
+    """The rows whose item fulfils an SQL condition over FILTER_COLUMNS; it can read nothing else and write nothing.
+
+    Raises: UsageError when it is no such condition.
+    """
+    database.set_authorizer(_only_conditions)
+    try:
+        found = database.execute(f"SELECT row FROM items WHERE ({condition}\n)").fetchall()
+    except (sqlite3.Error, sqlite3.Warning, UnicodeError) as error:
+        raise UsageError(
+            f"expected a condition over {', '.join(FILTER_COLUMNS)}, such as source LIKE '%fruit%', "
+            f"got {condition!r} ({error}): mend it"
+        ) from None
+    finally:
+        database.set_authorizer(None)
+    return np.array([row for (row,) in found], np.int64)
+
+
+def text(value: str) -> str:
+    """Text that a database can hold, also for a file name that is no valid UTF-8."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _connect(place: str) -> sqlite3.Connection:
+    uri = place.startswith("file:")
+    return sqlite3.connect(place, uri=uri, isolation_level=None, check_same_thread=False, timeout=LOCK_SECONDS)
+
+
+def _uri(folder: Path, options: str) -> str:
+    return f"file:{quote(str((folder / DATABASE).absolute()))}?{options}"
+
+
+def _only_conditions(action: int, table: str | None, column: str | None, *_: object) -> int:
+    """SQLite's question whether the statement may do that, answered so that a filter only compares items' fields."""
+    reads = action == sqlite3.SQLITE_READ and table == "items" and column in (*FILTER_COLUMNS, "row")
+    allowed = reads or action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION)
+    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY

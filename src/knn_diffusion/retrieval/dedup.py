@@ -1,0 +1,133 @@
+"""De-duplication of neighbor lists, paper A.4: near-copies teach the generator nothing and crowd out other images.
+
+First by cosine, since "higher than 0.9 … usually represent the same image"; then by Manhattan distance of 8×8 pictures.
+
+Differs from the paper: Manhattan distance is taken between thumbnails, because on unit vectors it nearly repeats cosine;
+the cosine threshold belongs to the encoder (0.9 is CLIP's, elsewhere it may delete every picture of a concept); and since
+no image comes near a *text* by cosine, neighbors are also held against each other, so that lists look alike in training
+and at inference.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int16
+from torch import Tensor
+
+from knn_diffusion.config import config, require
+from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES
+from knn_diffusion.retrieval.store import Store
+
+KNOWN_THRESHOLDS = {"clip": 0.9}
+"""Cosine thresholds of encoders by a word of their name; others are calibrated on the data."""
+FLOOR, CEILING = 0.9, 0.9999
+
+
+@config
+class DedupConfig:
+    """When two images count as the same picture. None switches a rule off.
+
+    cosine     above this cosine of their embeddings, in (0, 1]
+    manhattan  at or below this mean absolute difference of their 8×8 pictures, in levels of 0 … 255; copies that were
+               resized differ by 0.5, by JPEG quality 60 up to 1.9 (90 % of 150 emoji)
+    """
+
+    cosine: float | None = 0.9
+    manhattan: float | None = 2.0
+
+    def __post_init__(self) -> None:
+        require(self.cosine is None or 0 < self.cosine <= 1, "cosine", self.cosine, "in (0, 1] or None")
+        require(self.manhattan is None or 0 <= self.manhattan <= 255, "manhattan", self.manhattan, "in 0 … 255 or None")
+
+
+OFF = DedupConfig(cosine=None, manhattan=None)
+
+
+def duplicates(
+    one: Float[Tensor, "queries dim"],
+    one_picture: Int16[Tensor, "queries values"],
+    many: Float[Tensor, "queries candidates dim"],
+    many_pictures: Int16[Tensor, "queries candidates values"],
+    rule: DedupConfig,
+) -> Bool[Tensor, "queries candidates"]:
+    """Which candidates show the same picture as the one of their query.
+
+    Args:
+        one, many: unit vectors.
+        one_picture, many_pictures: 8×8 pictures in 0 … 255; a picture that is not known starts with -1.
+    """
+    same = torch.zeros(many.shape[:2], dtype=torch.bool, device=many.device)
+    if rule.cosine is not None:
+        same |= torch.einsum("qd,qcd->qc", one, many) > rule.cosine
+    if rule.manhattan is not None:
+        known = (one_picture[:, :1] >= 0) & (many_pictures[:, :, 0] >= 0)
+        distance = (many_pictures - one_picture[:, None]).abs().sum(-1)
+        same |= known & (distance <= rule.manhattan * THUMBNAIL_VALUES)
+    return same
+
+
+def first_different(
+    candidates: Float[Tensor, "queries candidates dim"],
+    pictures: Int16[Tensor, "queries candidates values"],
+    valid: Bool[Tensor, "queries candidates"],
+    k: int,
+    rule: DedupConfig,
+) -> Int[Tensor, "queries k"]:
+    """Places of the first k valid candidates of which none shows the same picture as one before it; -1 where none is left.
+
+    Greedy, best first: a candidate goes only if it repeats one that stays. (Chains of likeness would remove half of all.)
+    """
+    left, chosen = valid.clone(), []
+    here = torch.arange(len(candidates), device=candidates.device)
+    for _ in range(k):
+        place = left.int().argmax(1)
+        found = left.any(1)
+        chosen.append(torch.where(found, place, -1))
+        left[here, place] = False
+        if rule != OFF:
+            left &= ~duplicates(candidates[here, place], pictures[here, place], candidates, pictures, rule)
+    return torch.stack(chosen, 1)
+
+
+def gather(
+    store: Store, rows: Int[np.ndarray, "rows"]
+) -> tuple[Float[Tensor, "rows dim"], Int16[Tensor, "rows values"]]:
+    """Unit vectors and 8×8 pictures of the rows, the latter -1 where there is none."""
+    vectors = torch.from_numpy(store.embeddings(rows)).float()
+    pictures, known = store.thumbnails(rows)
+    wide = pictures.astype(np.int16)
+    wide[~known] = -1
+    return torch.nn.functional.normalize(vectors, dim=1), torch.from_numpy(wide)
+
+
+def default_rule(encoder_name: str) -> DedupConfig | None:
+    """The known rule for an encoder, None when it must be calibrated."""
+    found = [value for word, value in KNOWN_THRESHOLDS.items() if word in encoder_name.lower()]
+    return DedupConfig(cosine=found[0]) if found else None
+
+
+def calibrate(store: Store, *, sample: int = 1000, quantile: float = 0.99, seed: int = 0) -> DedupConfig:
+    """A cosine threshold from the data: of images, at most 1 - quantile lose their nearest *visibly different* neighbor.
+
+    Takes the nearest neighbor that differs in its 8×8 picture (any neighbor where there are no pictures), and the quantile
+    of its cosine over a sample. Never below 0.9, which is the paper's.
+    """
+    rows = store.snapshot().live_rows
+    if len(rows) < 2:
+        return DedupConfig(cosine=0.98)
+    draw = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
+    others = np.sort(np.random.default_rng(seed + 1).permutation(rows)[: max(20 * sample, 1)])
+    pool, pool_pictures = gather(store, others)
+    nearest: list[float] = []
+    for start in range(0, len(draw), 64):
+        some = draw[start : start + 64]
+        vectors, pictures = gather(store, some)
+        cosines, places = torch.topk(vectors @ pool.T, min(32, len(others)), dim=1)
+        same = duplicates(vectors, pictures, pool[places], pool_pictures[places], DedupConfig(cosine=None))
+        same |= torch.from_numpy(others[places.numpy()] == some[:, None])
+        found = cosines.masked_fill(same, -torch.inf).amax(1)
+        nearest += found[found.isfinite()].tolist()
+    if not nearest:
+        return DedupConfig(cosine=0.98)
+    return DedupConfig(cosine=round(float(np.clip(np.quantile(nearest, quantile), FLOOR, CEILING)), 4))

@@ -1,0 +1,144 @@
+"""Neighbor lists for training, of many images at once: paper Sec. 3.2, each image and its copies left out (A.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from knn_diffusion.errors import UsageError
+from knn_diffusion.retrieval.dedup import DedupConfig, duplicates, first_different, gather
+from knn_diffusion.retrieval.segments import Snapshot
+from knn_diffusion.retrieval.store import Store
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and how much there is."""
+
+QUERY_ROWS, ITEM_ROWS = 1024, 16_384
+ABSENT = -1
+_MAX_VALUES = 2**25  # of candidate vectors held at once
+
+
+def self_neighbors(
+    store: Store, k: int, rule: DedupConfig, *, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> Int[np.ndarray, "items k"]:
+    """For every image the places of its k nearest others among the images that are not removed, best first.
+
+    Left out are the image itself, by its place, and images that show the same picture by `rule`, held against it and
+    against each other. Every pair is compared, in blocks of bounded memory.
+
+    Returns: places in the order of `Snapshot.live_rows`, -1 where too few images are left; int64 beyond 2³¹ images.
+    Raises: UsageError when k is below 1; StoreError when the store is damaged.
+    """
+    finder = _finder(store, k, rule, device)
+    table = finder.empty_table(len(finder.rows))
+    for start in range(0, len(table), QUERY_ROWS):
+        own = np.arange(start, min(start + QUERY_ROWS, len(table)))
+        queries, _ = gather(store, finder.rows[own])
+        table[own] = finder.find(queries.to(finder.device), own[:, None])
+        if progress is not None:
+            progress("finding neighbors", int(own[-1]) + 1, len(table))
+    return table
+
+
+def neighbors_of(
+    store: Store,
+    queries: Float32[np.ndarray, "queries dim"],
+    excluded: Int[np.ndarray, "queries excluded"],
+    k: int,
+    rule: DedupConfig,
+    *,
+    device: torch.device | str = "cpu",
+) -> Int[np.ndarray, "queries k"]:
+    """As `self_neighbors`, for images given by their unit vectors.
+
+    Args:
+        excluded: places that each query must not find, filled with -1. The first one is the query's own, if it is there,
+            and lends its 8×8 picture to be held against the others.
+    """
+    finder = _finder(store, k, rule, device)
+    table = finder.empty_table(len(queries))
+    for start in range(0, len(table), QUERY_ROWS):
+        some = slice(start, start + QUERY_ROWS)
+        table[some] = finder.find(torch.from_numpy(queries[some].copy()).to(finder.device), excluded[some])
+    return table
+
+
+def _finder(store: Store, k: int, rule: DedupConfig, device: torch.device | str) -> _Finder:
+    if k < 1:
+        raise UsageError(f"k must be at least 1, got {k}: ask for one neighbor or more")
+    snapshot = store.snapshot()
+    return _Finder(store=store, snapshot=snapshot, rows=snapshot.live_rows, k=k, rule=rule, device=torch.device(device))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Finder:
+    store: Store
+    snapshot: Snapshot
+    rows: Int[np.ndarray, "items"]
+    k: int
+    rule: DedupConfig
+    device: torch.device
+
+    def empty_table(self, count: int) -> Int[np.ndarray, "queries k"]:
+        return np.full((count, self.k), ABSENT, np.int32 if len(self.rows) < 2**31 else np.int64)
+
+    def find(
+        self, queries: Float[Tensor, "queries dim"], excluded: Int[np.ndarray, "queries excluded"]
+    ) -> Int[np.ndarray, "queries k"]:
+        """Fetch more and more candidates until k remain for every query or nothing is left."""
+        out = np.full((len(queries), self.k), ABSENT, np.int64)
+        pending, total = np.arange(len(queries)), len(self.rows)
+        fetch = min(4 * self.k + 8 + excluded.shape[1], total)
+        while len(pending) and fetch:
+            places = self._nearest(queries[pending], fetch)
+            out[pending] = self._choose(queries[pending], excluded[pending], places)
+            if fetch == total:
+                break
+            pending, fetch = pending[out[pending, -1] < 0], min(4 * fetch, total)
+        return out
+
+    def _nearest(self, queries: Float[Tensor, "queries dim"], fetch: int) -> Int[np.ndarray, "queries fetch"]:
+        """The places of the `fetch` nearest images, best first."""
+        best = torch.full((len(queries), 0), -torch.inf, device=self.device)
+        places = torch.zeros((len(queries), 0), dtype=torch.long, device=self.device)
+        for start in range(0, len(self.rows), ITEM_ROWS):
+            vectors = torch.from_numpy(self.store.embeddings(self.rows[start : start + ITEM_ROWS], self.snapshot))
+            items = torch.nn.functional.normalize(vectors.to(self.device).float(), dim=1)
+            numbers = torch.arange(start, start + len(items), device=self.device).expand(len(queries), -1)
+            scores, numbers = torch.cat([best, queries @ items.T], 1), torch.cat([places, numbers], 1)
+            best, top = scores.topk(min(fetch, scores.shape[1]), dim=1)
+            places = numbers.gather(1, top)
+        return places.cpu().numpy()
+
+    def _choose(
+        self,
+        queries: Float[Tensor, "queries dim"],
+        excluded: Int[np.ndarray, "queries excluded"],
+        places: Int[np.ndarray, "queries fetch"],
+    ) -> Int[np.ndarray, "queries k"]:
+        """The first k of the candidates that are neither excluded nor copies, a bounded number of queries at a time."""
+        out = np.empty((len(places), self.k), np.int64)
+        step = max(1, _MAX_VALUES // (places.shape[1] * self.store.encoder.dim))
+        for start in range(0, len(places), step):
+            some = slice(start, start + step)
+            shape = places[some].shape
+            vectors, pictures = (part.to(self.device) for part in gather(self.store, self.rows[places[some].ravel()]))
+            vectors, pictures = vectors.view(*shape, -1), pictures.view(*shape, -1)
+            allowed = ~(places[some][:, :, None] == excluded[some][:, None, :]).any(-1)
+            valid = torch.from_numpy(allowed).to(self.device)
+            valid &= ~duplicates(queries[some], self._pictures(excluded[some]), vectors, pictures, self.rule)
+            chosen = first_different(vectors, pictures, valid, self.k, self.rule).cpu().numpy()
+            out[some] = np.where(chosen < 0, ABSENT, np.take_along_axis(places[some], np.maximum(chosen, 0), 1))
+        return out
+
+    def _pictures(self, excluded: Int[np.ndarray, "queries excluded"]) -> Tensor:
+        """The queries' own 8×8 pictures, -1 where a query is not in the index."""
+        own = excluded[:, 0] if excluded.shape[1] else np.full(len(excluded), ABSENT)
+        _, pictures = gather(self.store, self.rows[np.maximum(own, 0)])
+        pictures[torch.from_numpy(own < 0)] = ABSENT
+        return pictures.to(self.device)

@@ -1,0 +1,163 @@
+"""Segments: the rows that were appended together, as plain .npy files with their digests kept in the database."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
+
+from knn_diffusion.checkpoint import atomic_write_bytes, file_digest
+from knn_diffusion.errors import FingerprintError, StoreError, UsageError
+
+THUMBNAIL_VALUES = 8 * 8 * 3
+SEGMENT_ROWS = 65_536
+CURE = "restore a copy or build the index again"
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Segment:
+    """Rows that were appended together; the arrays are mapped, and verified, when first asked for."""
+
+    number: int
+    first_row: int
+    num_rows: int
+    embeddings_sha256: str
+    thumbnails_sha256: str | None
+    items_sha256: str
+    folder: Path | None
+    """None for a segment that lives in memory."""
+    embeddings: Float16[np.ndarray, "rows dim"] | None = None
+    thumbnails: UInt8[np.ndarray, "rows values"] | None = None
+
+    def path(self, kind: str) -> Path:
+        """The file of one kind of array, "embeddings" or "thumbnails"."""
+        assert self.folder is not None
+        return self.folder / f"{self.number:08d}.{kind}.npy"
+
+    def read_embeddings(self, dim: int) -> Float16[np.ndarray, "rows dim"]:
+        """The rows' unit vectors. Raises: StoreError when the file is missing or damaged."""
+        if self.embeddings is None:
+            self.embeddings = _read(self.path("embeddings"), self.embeddings_sha256, (self.num_rows, dim), np.float16)
+        return self.embeddings
+
+    def read_thumbnails(self) -> UInt8[np.ndarray, "rows values"] | None:
+        """The rows' 8×8 pictures, None when they were added without. Raises: StoreError as above."""
+        if self.thumbnails is None and self.thumbnails_sha256 is not None:
+            shape = (self.num_rows, THUMBNAIL_VALUES)
+            self.thumbnails = _read(self.path("thumbnails"), self.thumbnails_sha256, shape, np.uint8)
+        return self.thumbnails
+
+    def write(self) -> None:
+        """Put the arrays on the disk and forget them; they are mapped when next asked for."""
+        for kind, array in (("embeddings", self.embeddings), ("thumbnails", self.thumbnails)):
+            if array is not None:
+                atomic_write_bytes(self.path(kind), npy_bytes(array))
+        self.embeddings = self.thumbnails = None
+
+    def file_problems(self) -> Iterator[str]:
+        """What is wrong with the files, each in a few words."""
+        for kind, digest in (("embeddings", self.embeddings_sha256), ("thumbnails", self.thumbnails_sha256)):
+            if self.folder is None or digest is None:
+                continue
+            if not self.path(kind).is_file():
+                yield f"{self.path(kind).name} is missing"
+            elif file_digest(self.path(kind)) != digest:
+                yield f"{self.path(kind).name} is damaged (its digest is not the stored one)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """What one search sees from beginning to end, whatever is added or removed meanwhile."""
+
+    alive: Bool[np.ndarray, "rows"]
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows ever appended, removed ones included."""
+        return len(self.alive)
+
+    @property
+    def live_rows(self) -> Int[np.ndarray, "items"]:
+        """The rows that are not removed, in the order they were added."""
+        return np.flatnonzero(self.alive)
+
+    def digest(self, num_segments: int) -> str:
+        """What the first segments hold, in one SHA-256; anything derived from them is stale when it changes."""
+        parts = [segment.embeddings_sha256 for segment in self.segments[:num_segments]]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def split(
+        self, rows: Int[np.ndarray, "rows"]
+    ) -> Iterator[tuple[Int[np.ndarray, "some"], Int[np.ndarray, "some"], Segment]]:
+        """Which of the rows lie in which segment: their places in `rows`, their rows inside the segment, the segment."""
+        firsts = np.array([segment.first_row for segment in self.segments], np.int64)
+        owners = np.searchsorted(firsts, rows, side="right") - 1
+        order = np.argsort(owners, kind="stable")
+        bounds = np.flatnonzero(np.diff(owners[order])) + 1
+        for places in np.split(order, bounds) if len(order) else []:
+            segment = self.segments[owners[places[0]]]
+            yield places, rows[places] - segment.first_row, segment
+
+    def runs(self) -> Iterator[Int[np.ndarray, "some"]]:
+        """Live rows in pieces that make one segment each: of bounded length, all with pictures or all without."""
+        pictured = np.zeros(self.num_rows, bool)
+        for segment in self.segments:
+            pictured[segment.first_row : segment.first_row + segment.num_rows] = segment.thumbnails_sha256 is not None
+        rows = self.live_rows
+        for run in np.split(rows, np.flatnonzero(np.diff(pictured[rows])) + 1):
+            yield from (run[start : start + SEGMENT_ROWS] for start in range(0, len(run), SEGMENT_ROWS))
+
+
+def unit_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -> Float32[np.ndarray, "rows dim"]:
+    """The vectors' directions.
+
+    Raises: FingerprintError for another width than `dim`; UsageError for a vector that is zero or not finite.
+    """
+    if vectors.ndim != 2 or vectors.shape[1] != dim:
+        raise FingerprintError(f"{what}: expected vectors of {dim} numbers, got {vectors.shape[-1]}: use the index's encoder")
+    wide = vectors.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+    if len(bad):
+        found = "zero" if norms[bad[0], 0] == 0 else "not finite"
+        raise UsageError(f"{what}: expected finite vectors other than zero, row {bad[0]} is {found}: encode that input again")
+    return (wide / norms).astype(np.float32)
+
+
+def items_digest(rows: Sequence[tuple[str, str, str, bytes, float]]) -> str:
+    """SHA-256 over id, source, key, content and time of a segment's items."""
+    total = hashlib.sha256()
+    for id_, source, key, content, added_at in rows:
+        total.update(json.dumps([id_, source, key, content.hex(), added_at]).encode())
+    return total.hexdigest()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def bytes_digest(array: np.ndarray) -> str:
+    """SHA-256 of the array's .npy file."""
+    return hashlib.sha256(npy_bytes(array)).hexdigest()
+
+
+def _read(path: Path, digest: str, shape: tuple[int, int], kind: type) -> np.ndarray:
+    try:
+        if file_digest(path) != digest:
+            raise StoreError(f"{path} is damaged (its digest is not the stored one): {CURE}")
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({error}): {CURE}") from None
+    if array.shape != shape or array.dtype != kind:
+        raise StoreError(f"{path}: expected {shape} {kind.__name__}, got {array.shape} {array.dtype}: {CURE}")
+    return array

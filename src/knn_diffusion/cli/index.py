@@ -1,0 +1,164 @@
+"""`index build | add | remove | info | check | search`: the images a model retrieves from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from knn_diffusion.cli.terminal import JsonOption, answer, progress, say
+from knn_diffusion.errors import ImageError, StoreError, UsageError
+
+if TYPE_CHECKING:
+    from knn_diffusion.image_index import AddReport, ImageIndex
+
+SKIPPED_SHOWN = 10
+
+app = typer.Typer(help="Build, change and search the images a model retrieves from.")
+
+IndexArgument = Annotated[str, typer.Argument(metavar="INDEX", help="Folder or bundled name.", show_default=False)]
+ImagesArgument = Annotated[
+    list[str], typer.Argument(metavar="IMAGES...", help="Folders, files, tar shards, parquet.", show_default=False)
+]
+
+
+@app.callback()
+def index() -> None:
+    """Build, change and search the images a model retrieves from."""
+
+
+@app.command()
+def build(
+    images: ImagesArgument,
+    *,
+    output: Annotated[Path, typer.Option("--output", help="New folder for the index.", show_default=False)],
+    encoder: Annotated[str, typer.Option("--encoder", help="Registered name, folder or model id.")] = "stickers",
+    as_json: JsonOption = False,
+) -> None:
+    """Embed images into a new index; those that cannot be read are listed and left out.
+
+    Example: knn-diffusion index build photos more.tar --output my-index
+    """
+    from knn_diffusion.image_index import ImageIndex
+
+    with progress() as show:
+        made = ImageIndex.build(images, output, encoder, progress=show)
+    assert made.report is not None
+    _tell(made.report, made, output, as_json)
+
+
+@app.command()
+def add(index: IndexArgument, images: ImagesArgument, *, as_json: JsonOption = False) -> None:
+    """Add images to an index; the next search finds them, without any training.
+
+    Example: knn-diffusion index add my-index new/*.png
+    """
+    opened = _changeable(index)
+    with progress() as show:
+        report = opened.add(images, progress=show)
+    if report.skipped and not report.added and not report.already_present:
+        first = report.skipped[0]
+        raise ImageError(
+            f"none of {len(report.skipped)} images could be used (first: {first.source}: {first.reason}): "
+            "mend or replace them"
+        )
+    _tell(report, opened, Path(index), as_json)
+
+
+@app.command()
+def remove(
+    index: IndexArgument,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids as a search shows them.", show_default=False)],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove images from an index; the next search does not find them."""
+    opened = _changeable(index)
+    opened.remove(ids)
+    result = {"removed": len(set(ids)), "count": len(opened)}
+    answer(result, as_json, lambda: iter([f"removed {result['removed']}, {result['count']:,} images are left"]))
+
+
+@app.command()
+def info(index: IndexArgument, *, as_json: JsonOption = False) -> None:
+    """Say how many images an index holds, which encoder made it, and how it is searched."""
+    from knn_diffusion.image_index import ImageIndex
+
+    found = ImageIndex.open(index, read_only=True).info()
+    answer(found, as_json, lambda: (f"{name}: {value}" for name, value in found.items()))
+
+
+@app.command()
+def check(index: IndexArgument, *, as_json: JsonOption = False) -> None:
+    """Verify every digest of an index; exit code 0 only when it is sound."""
+    from knn_diffusion.image_index import ImageIndex
+
+    opened = ImageIndex.open(index, read_only=True)
+    opened.check()
+    result = {"sound": True, "count": len(opened)}
+    answer(result, as_json, lambda: iter([f"sound, {len(opened):,} images"]))
+
+
+@app.command()
+def search(
+    index: IndexArgument,
+    *,
+    text: Annotated[str | None, typer.Option("--text", help="Find images that fit this text.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="Find images that look like this one.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the images nearest to a text or to an image.
+
+    Example: knn-diffusion index search stickers --text "a puppy" -k 5
+    """
+    from knn_diffusion.image_index import ImageIndex
+
+    if (text is None) == (image is None):
+        raise UsageError("expected --text or --image, exactly one of them: name what to search by")
+    opened = ImageIndex.open(index, read_only=True)
+    found = opened.search_text(text, k) if text is not None else opened.search_image(_existing(image), k)
+    ids = [one for one in found.ids[0] if one]
+    neighbors: list[dict[str, Any]] = [
+        {"id": one, "score": round(float(score), 6), "source": source}
+        for one, score, source in zip(ids, found.scores[0], opened.sources(ids), strict=False)
+    ]
+    result = {
+        "query": text if text is not None else str(image),
+        "neighbors": neighbors,
+        "shortfall": int(found.shortfall[0]),
+    }
+    answer(result, as_json, lambda: (f"{one['score']:.3f}  {one['id']}  {one['source']}" for one in neighbors))
+
+
+def _changeable(index: str) -> ImageIndex:
+    from knn_diffusion.image_index import ImageIndex
+
+    opened = ImageIndex.open(index)
+    if opened.read_only:
+        raise StoreError(
+            f"expected an index that can be changed, {index} is read-only: build one of your own (knn-diffusion index build)"
+        )
+    return opened
+
+
+def _existing(image: Path | None) -> Path:
+    assert image is not None
+    return image
+
+
+def _tell(report: AddReport, index: ImageIndex, folder: Path, as_json: bool) -> None:
+    result = {**asdict(report), "index": str(folder.absolute()), "count": len(index)}
+    for one in report.skipped[:SKIPPED_SHOWN]:
+        say(f"skipped {one.source}: {one.reason}")
+    if len(report.skipped) > SKIPPED_SHOWN:
+        say(f"skipped {len(report.skipped) - SKIPPED_SHOWN} more, see --json")
+
+    def lines() -> Iterator[str]:
+        yield f"added {report.added:,}, present before {report.already_present:,}, skipped {len(report.skipped):,}"
+        yield f"{len(index):,} images in {folder}"
+
+    answer(result, as_json, lines)

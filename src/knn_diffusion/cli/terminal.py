@@ -1,0 +1,68 @@
+"""What a command shows: progress bars on a terminal, one JSON object on request, all else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from knn_diffusion.errors import UsageError
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many are done, and how many there are."""
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def say(message: str) -> None:
+    """A line for people, on standard error."""
+    typer.echo(message, err=True)
+
+
+def answer(result: Mapping[str, Any], as_json: bool, lines: Callable[[], Iterator[str]]) -> None:
+    """Print a command's result on standard output: the JSON object, or lines for people."""
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+        return
+    for line in lines():
+        typer.echo(line)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A callback that draws progress bars on a terminal and does nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def new_folder(asked: Path | None) -> Path:
+    """The folder to write into: the one asked for, or the first free of output, output-2, …
+
+    Raises: UsageError when the one asked for holds files or is one.
+    """
+    if asked is None:
+        names = (Path("output" if number == 1 else f"output-{number}") for number in range(1, 1_000_000))
+        return next(path for path in names if not path.exists()).absolute()
+    if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
+        raise UsageError(f"expected a new or empty folder for --output, {asked} holds files: choose another name")
+    return asked.absolute()

@@ -1,0 +1,125 @@
+"""`evaluate`, `dataset stickers` and `doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from knn_diffusion.cli.terminal import JsonOption, answer, new_folder, progress
+
+dataset_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
+
+
+class Split(StrEnum):
+    """The parts of the sticker world."""
+
+    TRAIN = "train"
+    HELD_OUT = "held-out"
+    ALL = "all"
+
+
+@dataset_app.callback()
+def dataset() -> None:
+    """Make data sets."""
+
+
+@dataset_app.command("stickers")
+def stickers(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="New folder, or one to go on with.", show_default=False)
+    ],
+    *,
+    count: Annotated[int, typer.Option("--count", "-n", help="Pictures to draw.", min=1)] = 10_000,
+    size: Annotated[int, typer.Option("--size", help="Side in pixels.", min=8, max=1024)] = 64,
+    split: Annotated[Split, typer.Option("--split", help="Which concepts to draw.")] = Split.TRAIN,
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same pictures.")] = 0,
+    processes: Annotated[int, typer.Option("--processes", help="Drawing at once.", min=1)] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw sticker scenes from the colour emoji font; captions go to captions.jsonl, for evaluation only.
+
+    Example: knn-diffusion dataset stickers data/stickers --count 20000
+    """
+    from knn_diffusion.stickers.dataset import make_dataset
+
+    with progress() as show:
+
+        def report(done: int, total: int) -> None:
+            show("drawing stickers", done, total)
+
+        made = make_dataset(
+            folder, count, seed=seed, size=size, split=split.value, processes=processes, progress=report
+        )
+    result = {"folder": str(made.absolute()), "count": count, "size": size, "split": split.value, "seed": seed}
+    answer(result, as_json, lambda: iter([f"{count:,} pictures in {made}"]))
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name or model folder.", show_default=False)],
+    *,
+    index: Annotated[
+        str | None, typer.Option("--index", help="Images to retrieve from, instead of the model's own.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="A protocol: understands, draws, adapts, frechet, pictures; repeatable."),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", help="Prompts the judge grades.")] = 200,
+    num_distance: Annotated[int, typer.Option("--num-distance", help="Pictures on each side of a distance.")] = 1000,
+    k: Annotated[int | None, typer.Option("-k", help="Neighbors to retrieve.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", help="λ of classifier-free guidance.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Prompts and drawings follow from it.")] = 0,
+    judge: Annotated[
+        Path | None, typer.Option("--judge", help="Folder of the judge, instead of the bundled one.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="New folder for report.md, report.json, pictures.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model: is the text understood, is what is asked drawn, does it adapt without training.
+
+    Example: knn-diffusion evaluate stickers --only understands --only draws
+    """
+    from knn_diffusion.evaluation import protocols
+    from knn_diffusion.pipeline import KnnDiffusion
+
+    settings = protocols.EvaluationConfig(
+        num_prompts=num_prompts,
+        num_distance=num_distance,
+        seed=seed,
+        k=k,
+        num_steps=steps,
+        guidance_scale=guidance_scale,
+    )
+    folder = None if output is None else new_folder(output)
+    with progress() as show:
+        pipe: Any = KnnDiffusion.from_pretrained(model, index=index, device=device)
+        made = protocols.evaluate(pipe, judge, folder, only=only, progress=show, config=settings)
+    answer(made.to_dict(), as_json, lambda: iter([made.to_markdown()]))
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what is installed, what is missing, and the command that mends it."""
+    from knn_diffusion.doctor import examine, report
+
+    findings = examine()
+    result = report(findings)
+
+    def lines() -> Iterator[str]:
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            cure = f"\n{'':{width + 10}} -> {finding.cure}" if finding.cure else ""
+            yield f"{finding.status:8}  {finding.name:{width}}  {finding.found}{cure}"
+
+    answer(result, as_json, lines)
+    if not result["ok"]:
+        raise typer.Exit(1)

@@ -1,0 +1,166 @@
+"""`train encoder | tokenizer | denoiser`: each of the three parts, from images, in resumable slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from knn_diffusion.cli.configuration import chosen_run
+from knn_diffusion.cli.terminal import JsonOption, answer, progress
+
+if TYPE_CHECKING:
+    from knn_diffusion.training.loop import Progress as Step
+    from knn_diffusion.training.loop import TrainingResult
+
+app = typer.Typer(help="Train the parts of a model; the same command with --resume goes on where it stopped.")
+
+
+@app.callback()
+def train() -> None:
+    """Train the parts of a model; the same command with --resume goes on where it stopped."""
+
+
+ImagesOption = Annotated[
+    list[str] | None, typer.Option("--images", help="Folders, files, tar shards, parquet; several.")
+]
+OutputOption = Annotated[Path, typer.Option("--output", help="Folder of the run.", show_default=False)]
+PresetOption = Annotated[str | None, typer.Option("--preset", help="A complete configuration by name.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="A configuration file, .toml or .json.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one value: training.num_steps=1000; repeatable.")
+]
+InitOption = Annotated[str | None, typer.Option("--init", help="Bundled name or model folder to go on from.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")]
+MinutesOption = Annotated[float | None, typer.Option("--max-minutes", help="Stop after a checkpoint at this time.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
+
+
+@app.command()
+def encoder(
+    *,
+    output: OutputOption,
+    images: ImagesOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    init: InitOption = None,
+    resume: ResumeOption = False,
+    max_minutes: MinutesOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train the joint text-image encoder on captioned pictures; it alone reads captions, as CLIP did.
+
+    Example: knn-diffusion train encoder --preset stickers --output runs/encoder --max-minutes 9
+    """
+    from knn_diffusion.presets import ENCODERS
+    from knn_diffusion.training.encoder import train_encoder
+
+    run = chosen_run("encoder", ENCODERS, preset=preset, file=config, changes=changes, init=init)
+    with _watched("encoder") as shown:
+        result = train_encoder(
+            run, images or [], output, init=init, resume=resume, max_minutes=max_minutes, device=device, **shown
+        )
+    _report("encoder", output, result, as_json)
+
+
+@app.command()
+def tokenizer(
+    *,
+    images: ImagesOption = None,
+    output: OutputOption,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    init: InitOption = None,
+    resume: ResumeOption = False,
+    max_minutes: MinutesOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train the image tokenizer on images without captions.
+
+    Example: knn-diffusion train tokenizer --preset stickers-cpu --images data/stickers --output runs/tokenizer
+    """
+    from knn_diffusion.presets import TOKENIZERS
+    from knn_diffusion.training.tokenizer import train_tokenizer
+
+    run = chosen_run("tokenizer", TOKENIZERS, preset=preset, file=config, changes=changes, init=init)
+    with _watched("tokenizer") as shown:
+        result = train_tokenizer(
+            run, images or [], output, init=init, resume=resume, max_minutes=max_minutes, device=device, **shown
+        )
+    _report("tokenizer", output, result, as_json)
+
+
+@app.command()
+def denoiser(
+    *,
+    images: ImagesOption = None,
+    output: OutputOption,
+    index: Annotated[str, typer.Option("--index", help="Index with the neighbors of the images.", show_default=False)],
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Folder of a trained tokenizer.")] = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    init: InitOption = None,
+    resume: ResumeOption = False,
+    max_minutes: MinutesOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train the denoiser on images without captions and their neighbors in an index.
+
+    Example: knn-diffusion train denoiser --init stickers --index my-index --images photos --output runs/mine
+    """
+    from knn_diffusion.image_index import ImageIndex
+    from knn_diffusion.presets import DENOISERS
+    from knn_diffusion.training.denoiser import train_denoiser
+
+    run = chosen_run("denoiser", DENOISERS, preset=preset, file=config, changes=changes, init=init)
+    with _watched("denoiser") as shown:
+        result = train_denoiser(
+            run,
+            images or [],
+            ImageIndex.open(index),
+            output,
+            tokenizer=tokenizer,
+            init=init,
+            resume=resume,
+            max_minutes=max_minutes,
+            device=device,
+            **shown,
+        )
+    _report("denoiser", output, result, as_json)
+
+
+@contextmanager
+def _watched(part: str) -> Iterator[dict[str, Any]]:
+    """The two callbacks of a training function: one for the preparation, one for the steps."""
+    with progress() as show:
+
+        def watch(step: Step) -> None:
+            show(f"training the {part}", step.step, step.num_steps)
+
+        yield {"report": show, "watch": watch}
+
+
+def _report(part: str, output: Path, result: TrainingResult, as_json: bool) -> None:
+    model = output.absolute() / "model"
+    found = {
+        "part": part,
+        "model": str(model),
+        "step": result.step,
+        "finished": result.finished,
+        "metrics": result.metrics,
+    }
+
+    def lines() -> Iterator[str]:
+        yield f"{part} in {model}, step {result.step}{'' if result.finished else ': go on with --resume'}"
+        yield from (f"  {name}: {value:.4g}" for name, value in result.metrics.items())
+
+    answer(found, as_json, lines)

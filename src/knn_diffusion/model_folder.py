@@ -1,0 +1,267 @@
+"""A model on disk: `pipeline.json` names the parts, each part has its folder, a card says what the model is.
+
+    pipeline.json   format, name, digest of each part, default settings, facts of the training run
+    encoder/  tokenizer/  denoiser/   config.json + model.safetensors each
+    index/          the images to retrieve from (optional)
+    README.md       model card, written from the facts
+
+Whatever is read is verified: digests against bit rot, fingerprints against parts that do not belong together.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from knn_diffusion.checkpoint import (
+    CONFIG_FILE,
+    apply_weights,
+    atomic_folder,
+    atomic_write_bytes,
+    load_part,
+    save_part,
+    write_json,
+)
+from knn_diffusion.config import config, from_dict, read_mapping, require, to_dict
+from knn_diffusion.diffusion.process import Schedule
+from knn_diffusion.diffusion.sampling import SamplerConfig
+from knn_diffusion.errors import CheckpointError, FingerprintError, UsageError
+from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
+from knn_diffusion.models.encoders import JointEncoder, load_encoder, save_encoder
+from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
+
+FORMAT_VERSION = 1
+PIPELINE_FILE = "pipeline.json"
+PARTS = ("encoder", "tokenizer", "denoiser")
+BUNDLES = Path(__file__).parent / "bundles"
+
+
+@config
+class PipelineFile:
+    """What `pipeline.json` holds.
+
+    name      how the model is called in answers and settings
+    parts     digest of each part's weights, so that a part of another model is noticed
+    sampler   how the model draws when a request does not say otherwise
+    k         neighbors retrieved for each prompt, at least 1
+    facts     what the training run wrote down: data, recipe, commit, hardware, scores; shown on the model card
+    """
+
+    name: str
+    parts: dict[str, str]
+    sampler: SamplerConfig
+    k: int = 10
+    facts: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, "k", self.k, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """The parts that draw, as loaded or as trained; nothing changes them."""
+
+    name: str
+    encoder: JointEncoder
+    tokenizer: VQGAN
+    denoiser: Denoiser
+    schedule: Schedule
+    sampler: SamplerConfig
+    k: int = 10
+    facts: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    """Where the parts were read from; None for parts that were never saved."""
+
+
+def bundled_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(path.parent.name for path in BUNDLES.glob(f"*/{PIPELINE_FILE}"))
+
+
+def resolve_model(name_or_folder: str | Path) -> Path:
+    """The folder of a bundled name, or the folder itself.
+
+    Raises: CheckpointError when there is neither.
+    """
+    for folder in (Path(name_or_folder), BUNDLES / str(name_or_folder)):
+        if (folder / PIPELINE_FILE).is_file():
+            return folder
+    known = ", ".join(bundled_models()) or "none"
+    raise CheckpointError(
+        f"expected a model folder (with {PIPELINE_FILE}) or a bundled name ({known}), got {str(name_or_folder)!r}: "
+        "check the name or train a model"
+    )
+
+
+def read_pipeline_file(folder: Path) -> PipelineFile:
+    """`pipeline.json` of a model folder.
+
+    Raises: CheckpointError when it is of another format; ConfigError when it does not parse.
+    """
+    values = read_mapping(folder / PIPELINE_FILE)
+    if values.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / PIPELINE_FILE} has format {values.get('format_version')}, this version reads {FORMAT_VERSION}: "
+            "upgrade knn-diffusion"
+        )
+    return from_dict(PipelineFile, values, source=str(folder / PIPELINE_FILE))
+
+
+def load_model(name_or_folder: str | Path) -> Model:
+    """Read and verify every part of a model, float32 on the CPU.
+
+    Raises: CheckpointError when a part is missing or damaged; FingerprintError when parts do not belong together.
+    """
+    folder = resolve_model(name_or_folder)
+    file = read_pipeline_file(folder)
+    check_belonging(folder, file)
+    encoder = load_encoder(folder / "encoder")
+    tokenizer, _ = load_tokenizer(folder / "tokenizer")
+    denoiser, schedule, facts = load_denoiser(folder / "denoiser")
+    model = Model(
+        name=file.name,
+        encoder=encoder,
+        tokenizer=tokenizer,
+        denoiser=denoiser,
+        schedule=schedule,
+        sampler=file.sampler,
+        k=file.k,
+        facts=file.facts,
+        folder=folder,
+    )
+    check_fit(model, facts.get("encoder"))
+    return model
+
+
+def load_tokenizer(folder: Path) -> tuple[VQGAN, dict[str, Any]]:
+    """A tokenizer and the facts beside it. Raises: CheckpointError when it is missing or damaged."""
+    part = load_part(folder, kind="tokenizer", config_class=TokenizerConfig)
+    tokenizer = VQGAN(part.config)
+    apply_weights(tokenizer, part.weights, str(folder))
+    return tokenizer.eval().requires_grad_(False), part.extra
+
+
+def load_denoiser(folder: Path) -> tuple[Denoiser, Schedule, dict[str, Any]]:
+    """A denoiser, its noise schedule and the facts beside it. Raises: CheckpointError when it is missing or damaged."""
+    part = load_part(folder, kind="denoiser", config_class=DenoiserConfig)
+    if "schedule" not in part.extra:
+        raise CheckpointError(
+            f"expected the noise schedule in {folder / CONFIG_FILE}, found none: train the denoiser again"
+        )
+    schedule = from_dict(Schedule, part.extra["schedule"], source=str(folder / CONFIG_FILE))
+    denoiser = Denoiser(part.config)
+    apply_weights(denoiser, part.weights, str(folder))
+    return denoiser.eval().requires_grad_(False), schedule, part.extra
+
+
+def check_belonging(folder: Path, file: PipelineFile) -> None:
+    """Hold each part's stored digest against the one `pipeline.json` names.
+
+    Raises: CheckpointError when a part is missing; FingerprintError when it is another model's.
+    """
+    for part in PARTS:
+        stored = folder / part / CONFIG_FILE
+        if not stored.is_file():
+            raise CheckpointError(
+                f"expected the model's {part} in {folder / part}, found none: copy the whole folder again"
+            )
+        found = _digest(folder / part)
+        if found != file.parts.get(part):
+            raise FingerprintError(
+                f"{folder / PIPELINE_FILE} was written for the {part} {str(file.parts.get(part))[:12]}, the folder holds "
+                f"{found[:12]}: restore that part or save the model again"
+            )
+
+
+def check_fit(model: Model, trained_with: str | None) -> None:
+    """Hold the parts against each other: encoder, vocabulary, grid, schedule.
+
+    Raises: FingerprintError when the denoiser was trained with another encoder; CheckpointError when sizes differ.
+    """
+    if trained_with is not None and trained_with != model.encoder.fingerprint:
+        raise FingerprintError(
+            f"the denoiser was trained with the encoder {trained_with[:24]}, the model holds {model.encoder.name} "
+            f"({model.encoder.fingerprint[:24]}): restore that encoder or train the denoiser again"
+        )
+    reads = model.denoiser.config
+    for what, expected, got in (
+        ("embeddings of width", reads.condition_dim, model.encoder.dim),
+        ("a vocabulary of", reads.vocab_size, model.tokenizer.vocab_size),
+        ("a grid of side", reads.grid, model.tokenizer.grid),
+        ("a schedule for a vocabulary of", reads.vocab_size, model.schedule.vocab_size),
+        ("a schedule of steps", reads.num_steps, model.schedule.num_steps),
+    ):
+        if expected != got:
+            raise CheckpointError(f"the denoiser expects {what} {expected}, got {got}: combine parts trained together")
+
+
+def save_model(model: Model, folder: Path) -> None:
+    """Write the parts, `pipeline.json` and the card into `folder`; parts that were loaded are copied byte by byte."""
+    for part in PARTS:
+        if model.folder is not None:
+            shutil.copytree(model.folder / part, folder / part)
+    if model.folder is None:
+        save_encoder(model.encoder, folder / "encoder")
+        save_part(
+            folder / "tokenizer", kind="tokenizer", config=model.tokenizer.config, weights=model.tokenizer.state_dict()
+        )
+        facts = {"encoder": model.encoder.fingerprint, "schedule": to_dict(model.schedule)}
+        weights = model.denoiser.state_dict()
+        save_part(folder / "denoiser", kind="denoiser", config=model.denoiser.config, weights=weights, extra=facts)
+    write_pipeline_file(folder, name=model.name, sampler=model.sampler, k=model.k, facts=model.facts)
+
+
+def write_pipeline_file(
+    folder: Path, *, name: str, sampler: SamplerConfig, k: int = 10, facts: dict[str, Any] | None = None
+) -> PipelineFile:
+    """Make a model of the parts that lie in `folder`: write `pipeline.json` with their digests, and the card."""
+    digests = {part: _digest(folder / part) for part in PARTS}
+    file = PipelineFile(name=name, parts=digests, sampler=sampler, k=k, facts=facts or {})
+    write_json(folder / PIPELINE_FILE, to_dict(file))
+    atomic_write_bytes(folder / "README.md", model_card(file).encode())
+    return file
+
+
+def model_card(file: PipelineFile) -> str:
+    """Markdown with a YAML head, from the facts: a fact that is a mapping becomes a table, a list becomes a list."""
+    license_name = file.facts.get("license", "mit")
+    head = ["---", f"license: {license_name}", "library_name: knn-diffusion", "pipeline_tag: text-to-image", "---"]
+    intro = f"A KNN-Diffusion model. `KnnDiffusion.from_pretrained(...)` draws {file.sampler.num_steps} steps at "
+    lines = [
+        *head,
+        "",
+        f"# {file.name}",
+        "",
+        intro + f"guidance {file.sampler.guidance_scale:g} with {file.k} neighbors.",
+    ]
+    for title, fact in file.facts.items():
+        if title == "license":
+            continue
+        lines += ["", f"## {title.replace('_', ' ').capitalize()}", ""]
+        if isinstance(fact, dict):
+            lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in fact.items())]
+        elif isinstance(fact, list):
+            lines += [f"- {item}" for item in fact]
+        else:
+            lines.append(str(fact))
+    lines += ["", "## Parts", "", *(f"- {part}: `{digest[:16]}`" for part, digest in file.parts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def replace_model_folder(folder: Path) -> Any:
+    """A context that fills `folder` in one step; refuses to replace what is no model folder.
+
+    Raises: UsageError when `folder` exists, is not empty and holds no `pipeline.json`.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / PIPELINE_FILE).is_file():
+        raise UsageError(
+            f"expected a new folder or a model to replace, {folder} holds other files: choose another place"
+        )
+    return atomic_folder(folder)
+
+
+def _digest(part: Path) -> str:
+    return str(read_mapping(part / CONFIG_FILE).get("weights_sha256"))

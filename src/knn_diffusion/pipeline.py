@@ -1,0 +1,332 @@
+"""Text in, nearest images found, new image out: Algorithm 2 of the paper from end to end.
+
+    pipe = KnnDiffusion.from_pretrained("stickers")
+    out = pipe("a red heart", num_images_per_prompt=4, seed=0)
+    out.images, out.neighbors
+
+Read on in `diffusion/sampling.py` (what `draw` calls), then in `diffusion/process.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Unpack, overload
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from knn_diffusion.device import choose_device, choose_dtype
+from knn_diffusion.diffusion.conditioning import make_condition, replace_first_neighbor, with_null
+from knn_diffusion.diffusion.process import q_sample
+from knn_diffusion.diffusion.sampling import StepInfo, sample
+from knn_diffusion.errors import FingerprintError, StoreError, UsageError
+from knn_diffusion.image_index import ImageIndex
+from knn_diffusion.images import from_array, open_image, pixels_from_uint8, square, to_array, uint8_from_pixels
+from knn_diffusion.model_folder import Model, load_model, replace_model_folder, save_model
+from knn_diffusion.randomness import generator_for
+from knn_diffusion.request import (
+    Callback,
+    Neighbor,
+    NeighborList,
+    Output,
+    Passed,
+    Request,
+    Settings,
+    check_prompt,
+    check_request,
+)
+from knn_diffusion.shapes import Condition, Tokens
+
+MICRO_BATCH = {"cpu": 1, "cuda": 8}
+"""Images drawn together. Fixed, because a batched matrix product gives other last bits at another batch size."""
+
+Begin = tuple[Int[Tensor, "1 seq"], int]
+"""Where an edit starts: the clean tokens of the reference, and the step they are noised to."""
+
+
+class KnnDiffusion:
+    """A model with the index it retrieves from. A request changes neither; `index.add` changes only the index.
+
+    Image i of a prompt takes all its randomness from (seed, i) and runs in batches of a fixed size, so its pixels are
+    the same however many images or prompts are asked for, on the same machine.
+    """
+
+    def __init__(
+        self, model: Model, index: ImageIndex | None = None, *, device: str = "auto", dtype: str = "auto"
+    ) -> None:
+        """Put a model on a device.
+
+        Args:
+            dtype: arithmetic of the denoiser: "float32", "bfloat16", or "auto", which is bfloat16 where the hardware
+                computes in it.
+        """
+        self.model = model
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(self.device, dtype)
+        self.denoiser = deepcopy(model.denoiser).to(self.device, self.dtype).eval().requires_grad_(False)
+        self.tokenizer = deepcopy(model.tokenizer).to(self.device).eval().requires_grad_(False)
+        self.micro_batch = MICRO_BATCH.get(self.device.type, 1)
+        self._index: ImageIndex | None = None
+        if index is not None:
+            self.index = index
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        index: ImageIndex | str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> KnnDiffusion:
+        """A bundled model ("stickers") or a model folder, with its own index or the given one.
+
+        Raises: CheckpointError when a part is missing or damaged; FingerprintError when parts or index were made with
+        different encoders; StoreError when the index is missing or damaged.
+        """
+        model = load_model(name_or_folder)
+        if index is None and model.folder is not None and (model.folder / "index").is_dir():
+            index = model.folder / "index"
+        opened = ImageIndex.open(index, encoder=model.encoder) if isinstance(index, str | Path) else index
+        return cls(model, opened, device=device, dtype=dtype)
+
+    @property
+    def index(self) -> ImageIndex:
+        """The images retrieved from; what is added to it takes effect at the next request."""
+        if self._index is None:
+            raise StoreError(
+                f"expected an index, the model {self.model.name} has none of its own: name one (--index, index=) or build "
+                "one (knn-diffusion index build)"
+            )
+        return self._index
+
+    @index.setter
+    def index(self, index: ImageIndex) -> None:
+        made, reads = index.info(), self.model.encoder
+        if made["fingerprint"] != reads.fingerprint:
+            raise FingerprintError(
+                f"the index was built with {made['encoder']} ({made['dim']}-d), the model {self.model.name} reads "
+                f"{reads.name} ({reads.dim}-d): rebuild the index with the model's encoder"
+            )
+        self._index = index
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.model.tokenizer.config.image_size
+
+    @overload
+    def __call__(self, prompt: str, **settings: Unpack[Settings]) -> Output: ...
+    @overload
+    def __call__(self, prompt: list[str] | tuple[str, ...], **settings: Unpack[Settings]) -> list[Output]: ...
+    def __call__(
+        self, prompt: str | list[str] | tuple[str, ...], **settings: Unpack[Settings]
+    ) -> Output | list[Output]:
+        """Draw images for a prompt, or for each of several.
+
+        Args:
+            settings: options as listed in `request.Settings`; for instance
+                pipe("a red heart", num_images_per_prompt=4, k=10, guidance_scale=8.0, num_inference_steps=100, seed=0)
+        Returns: one Output for one prompt, a list of them for a list.
+        Raises: UsageError for a prompt or option that cannot be carried out.
+        """
+        request = check_request(settings, sampler=self.model.sampler, k=self.model.k)
+        if not isinstance(prompt, list | tuple):
+            return self.generate(check_prompt(prompt), request)
+        prompts = [check_prompt(one) for one in prompt]
+        return [self.generate(one, request) for one in prompts]
+
+    def generate(self, prompt: str, request: Request) -> Output:
+        """Algorithm 2."""
+        started = time.monotonic()
+        condition, neighbors = self.retrieve(prompt, request)
+        x_0 = self.draw(condition, range(request.num_images), request)
+        return self._output(prompt, self.decode(x_0), neighbors, request, started)
+
+    def edit(
+        self, image: Image.Image | str | Path, prompt: str, strength: float = 0.6, **settings: Unpack[Settings]
+    ) -> Output:
+        """Change an image towards a prompt: Sec. 4.4.
+
+        The image's embedding takes the first neighbor's place, and the chain starts from the image's tokens noised to
+        step round(strength · N). As few passes are made as that share of the whole chain has.
+
+        Args:
+            strength: 0 returns the image's own pixels, 1 starts from all [MASK].
+            settings: as for a drawing; k is at least 1.
+        Raises: UsageError for a prompt or option that cannot be carried out.
+        """
+        started = time.monotonic()
+        request = check_request(settings, sampler=self.model.sampler, k=self.model.k)
+        if not 0 <= strength <= 1:
+            raise UsageError(f"expected strength from 0 to 1, got {strength}: 0 leaves the image, 1 starts anew")
+        reference = square(open_image(image), self.image_size)
+        condition, neighbors = self.retrieve(check_prompt(prompt), request)
+        condition = replace_first_neighbor(condition, self._embed_image(reference))
+        trained = self.model.schedule.num_steps
+        start_step = round(strength * trained)
+        images = [reference.copy() for _ in range(request.num_images)]
+        if start_step > 0:
+            share = replace(request.sampler, num_steps=max(1, round(request.sampler.num_steps * start_step / trained)))
+            x_0 = self.tokenizer.encode(pixels_from_uint8(to_array(reference)[None]).to(self.device))
+            begin = (x_0, start_step) if start_step < trained else None
+            images = self.decode(
+                self.draw(condition, range(request.num_images), replace(request, sampler=share), begin)
+            )
+        return self._output(prompt, images, neighbors, request, started)
+
+    def retrieve(self, prompt: str, request: Request) -> tuple[Condition, NeighborList]:
+        """Algorithm 2, lines 2-4: the text's embedding and its K nearest images become y (Eq. 5), one row.
+
+        Raises: UsageError when the index holds fewer than k images.
+        """
+        query = self.model.encoder.encode_texts([prompt])  # 1 dim
+        if request.k == 0:
+            return make_condition(torch.from_numpy(query), torch.zeros(1, 0, query.shape[1])), NeighborList()
+        found = self.index.search(query, request.k, exclude_ids=request.exclude_ids)
+        count = request.k - int(found.shortfall[0])
+        ids = found.ids[0][:count]
+        neighbors = NeighborList(
+            Neighbor(id=one, score=float(score), source=source)
+            for one, score, source in zip(ids, found.scores[0], self.index.sources(ids), strict=False)
+        )
+        embeddings = torch.from_numpy(found.embeddings).float()  # 1 k dim
+        present = (torch.arange(request.k) < count)[None]
+        return make_condition(
+            _weigh(torch.from_numpy(query), embeddings, request.query_weight), embeddings, present
+        ), neighbors
+
+    @torch.inference_mode()
+    def draw(
+        self, condition: Condition, numbers: Sequence[int], request: Request, begin: Begin | None = None
+    ) -> Tokens:
+        """Algorithm 2, lines 5-10, for the images with these numbers, in batches of a fixed size.
+
+        Args:
+            condition: y, one row for all images or one row for each.
+            begin: where to start instead of all [MASK].
+        """
+        rows = _every_row(condition, len(numbers), self.device)
+        drawn = []
+        for first in range(0, len(numbers), self.micro_batch):
+            batch = list(range(first, min(first + self.micro_batch, len(numbers))))
+            padded = batch + batch[-1:] * (self.micro_batch - len(batch))  # always the same shapes, see MICRO_BATCH
+            generators = [generator_for(request.seed, numbers[i]) for i in padded]
+            y = Condition(y=rows.y[padded], present=rows.present[padded])
+            tokens = self._chain(
+                y, generators, request, begin, _watch(request.callback, numbers, batch, self.micro_batch)
+            )
+            drawn.append(tokens[: len(batch)])
+        return torch.cat(drawn)
+
+    def _chain(
+        self,
+        y: Condition,
+        generators: list[torch.Generator],
+        request: Request,
+        begin: Begin | None,
+        watch: Callable[[StepInfo], None] | None,
+    ) -> Tokens:
+        """One batch through the sampler; keys and values of y are made once, both guidance halves run together."""
+        both = self.denoiser.prepare(with_null(y))
+        x_start, start_step = None, None
+        if begin is not None:
+            x_0, start_step = begin[0].expand(len(generators), -1), begin[1]
+            steps = torch.full((len(generators),), start_step, device=self.device)
+            x_start = q_sample(self.model.schedule, x_0, steps, generators)
+        return sample(
+            self.denoiser,
+            self.model.schedule,
+            both.select(slice(0, len(generators))),
+            both,
+            config=request.sampler,
+            grid=self.tokenizer.grid,
+            generators=generators,
+            x_start=x_start,
+            start_step=start_step,
+            callback=watch,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tokens) -> list[Image.Image]:
+        """Algorithm 2, line 11, in batches of the same fixed size."""
+        images: list[Image.Image] = []
+        for first in range(0, len(tokens), self.micro_batch):
+            batch = tokens[first : first + self.micro_batch]
+            padded = torch.cat([batch, batch[-1:].expand(self.micro_batch - len(batch), -1)])
+            images += [from_array(array) for array in uint8_from_pixels(self.tokenizer.decode(padded))[: len(batch)]]
+        return images
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write model, index and model card; a model that is there already is replaced in one step.
+
+        Raises: UsageError when the folder holds anything but a model; KnnDiffusionError when the disk is full.
+        """
+        place = Path(folder)
+        with replace_model_folder(place) as temporary:
+            save_model(self.model, temporary)
+            if self._index is not None:
+                self._index.save(temporary / "index")
+        return place
+
+    def _embed_image(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(self.model.encoder.encode_images([image]))
+
+    def _output(
+        self, prompt: str, images: list[Image.Image], neighbors: NeighborList, request: Request, started: float
+    ) -> Output:
+        return Output(
+            prompt=prompt,
+            images=images,
+            neighbors=neighbors,
+            shortfall=request.k - len(neighbors),
+            seed=request.seed,
+            k=request.k,
+            steps=request.sampler.num_steps,
+            guidance_scale=request.sampler.guidance_scale,
+            sampler=request.sampler.order,
+            model=self.model.name,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+
+def _weigh(query: Tensor, neighbors: Tensor, weight: float) -> Tensor:
+    """The query slot of y: the text's embedding (weight 1, Eq. 5), or part of it with the neighbors' mean.
+
+    Differs from the paper: weights below 1. Texts and images keep apart in H, the neighbors' mean lies among images.
+    """
+    if weight == 1:
+        return query
+    mean = normalize(neighbors.sum(dim=1), dim=-1)
+    return normalize(weight * query + (1 - weight) * mean, dim=-1)
+
+
+def _every_row(condition: Condition, count: int, device: torch.device) -> Condition:
+    y, present = condition.y.to(device), condition.present.to(device)
+    if len(y) == count:
+        return Condition(y=y, present=present)
+    return Condition(y=y.expand(count, -1, -1), present=present.expand(count, -1))
+
+
+def _watch(
+    callback: Callback | None, numbers: Sequence[int], batch: list[int], micro_batch: int
+) -> Callable[[StepInfo], None] | None:
+    """Turn the sampler's callback for one batch into the request's, which counts over all images."""
+    if callback is None:
+        return None
+    batches, before = -(-len(numbers) // micro_batch), batch[0] // micro_batch
+    drawn = tuple(numbers[i] for i in batch)
+
+    def tell(info: StepInfo) -> None:
+        done, total = before * info.total + info.index, batches * info.total
+        callback(Passed(done=done, total=total, numbers=drawn, info=info))
+
+    return tell

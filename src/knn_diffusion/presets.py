@@ -1,0 +1,67 @@
+"""Complete training configurations by name: `knn-diffusion train PART --preset NAME`.
+
+A preset's comment says what it is for, on what hardware it was run, how long it takes and what to expect; docs/log.md has
+the measurements. Any field can be overridden with `--set a.b=value` or in a file given by `--config`.
+"""
+
+from __future__ import annotations
+
+from knn_diffusion.diffusion.losses import LossConfig
+from knn_diffusion.diffusion.process import Schedule
+from knn_diffusion.models.denoiser import PAPER, DenoiserConfig
+from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserRun
+from knn_diffusion.training.loop import TrainingConfig
+
+
+def _denoiser(config: DenoiserConfig, training: TrainingConfig, **others: object) -> DenoiserRun:
+    schedule = Schedule(num_steps=config.num_steps, vocab_size=config.vocab_size, preset="absorbing")
+    return DenoiserRun(denoiser=config, schedule=schedule, training=training, **others)  # type: ignore[arg-type]
+
+
+DENOISERS: dict[str, DenoiserRun] = {
+    # The bundled model where no GPU is at hand: 64 pixels, 16×16 tokens, two cores.
+    "stickers-cpu": _denoiser(
+        DenoiserConfig(
+            vocab_size=1024, grid=16, width=256, depth=8, heads=4, condition_dim=256, num_steps=100, patch_size=2
+        ),
+        TrainingConfig(
+            num_steps=6000,
+            batch_size=64,
+            learning_rate=1e-3,
+            final_learning_rate=5e-5,
+            warmup_steps=200,
+            ema_decay=0.998,
+            validate_every=500,
+            checkpoint_every=250,
+        ),
+        loss=LossConfig(aux_weight=2e-2),
+        conditioning=ConditioningConfig(query_dropout=0.5),
+    ),
+    # The bundled model on one GPU: the same tokens, one place of the transformer for each.
+    "stickers-gpu": _denoiser(
+        DenoiserConfig(vocab_size=1024, grid=16, width=384, depth=10, heads=6, condition_dim=256, num_steps=100),
+        TrainingConfig(
+            num_steps=40_000,
+            batch_size=256,
+            learning_rate=6e-4,
+            final_learning_rate=2e-5,
+            warmup_steps=1000,
+            ema_decay=0.9995,
+            validate_every=2000,
+            checkpoint_every=1000,
+            log_every=50,
+        ),
+        loss=LossConfig(aux_weight=2e-2),
+        conditioning=ConditioningConfig(query_dropout=0.5),
+    ),
+    # The paper's configuration (A.1-A.3) with VQ-Diffusion's optimizer; many GPUs.
+    "paper-photo": DenoiserRun(
+        denoiser=PAPER,
+        schedule=Schedule(num_steps=PAPER.num_steps, vocab_size=PAPER.vocab_size, preset="released"),
+        training=TrainingConfig(
+            num_steps=1_000_000, batch_size=256, learning_rate=2e-4, warmup_steps=5000, ema_decay=0.9996, clip_norm=0.5
+        ),
+        conditioning=ConditioningConfig(condition_dropout=0.0),
+        step_sampling="importance",
+    ),
+}

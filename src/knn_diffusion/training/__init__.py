@@ -1,0 +1,1 @@
+"""Training of the three parts: one objective each, one loop for all."""

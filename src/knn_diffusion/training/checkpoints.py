@@ -1,0 +1,110 @@
+"""Checkpoints of a training run: everything needed to go on exactly, in safetensors and JSON."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from knn_diffusion.checkpoint import (
+    apply_weights,
+    atomic_folder,
+    file_digest,
+    load_weights_file,
+    save_weights,
+    write_json,
+)
+from knn_diffusion.config import read_mapping, to_dict
+from knn_diffusion.errors import CheckpointError, ConfigError
+
+KEPT = 2
+_STATE, _FACTS = "state.safetensors", "state.json"
+_MAY_CHANGE = {"num_steps", "learning_rate", "final_learning_rate", "clip_norm"}
+_MAY_CHANGE |= {"log_every", "validate_every", "checkpoint_every", "precision"}
+Optimizers = Mapping[str, torch.optim.Optimizer]
+
+
+def save_checkpoint(
+    folder: Path, *, step: int, modules: nn.Module, average: nn.Module, optimizers: Optimizers, config: object
+) -> None:
+    """Write `step-…` atomically under `folder` and remove all but the last two."""
+    tensors = {f"modules.{name}": value for name, value in modules.state_dict().items()}
+    tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    for phase, optimizer in optimizers.items():
+        tensors |= {f"optimizer.{phase}.{name}": value for name, value in _flat(optimizer).items()}
+    with atomic_folder(folder / f"step-{step:08d}") as temporary:
+        save_weights(temporary / _STATE, tensors)
+        facts = {"step": step, "config": to_dict(config), "sha256": file_digest(temporary / _STATE)}
+        write_json(temporary / _FACTS, facts)
+    for old in _newest_first(folder)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint under `folder`, None when there is none."""
+    return next(iter(_newest_first(folder)), None)
+
+
+def load_checkpoint(
+    folder: Path, *, modules: nn.Module, average: nn.Module, optimizers: Optimizers, config: object
+) -> int:
+    """Restore the newest sound checkpoint; a damaged one is passed over for the one before it.
+
+    Returns: the step it was written after.
+
+    Raises: CheckpointError when none is sound; ConfigError when the run was started with other settings.
+    """
+    problems = []
+    for candidate in _newest_first(folder):
+        try:
+            facts = read_mapping(candidate / _FACTS)
+            tensors = load_weights_file(candidate / _STATE, facts["sha256"])
+        except (CheckpointError, ConfigError) as error:
+            problems.append(str(error))
+            continue
+        _same_run(facts["config"], to_dict(config), candidate)
+        apply_weights(modules, _under("modules.", tensors), str(candidate))
+        apply_weights(average, _under("average.", tensors), str(candidate))
+        for phase, optimizer in optimizers.items():
+            _restore(optimizer, _under(f"optimizer.{phase}.", tensors))
+        return int(facts["step"])
+    raise CheckpointError(
+        f"no checkpoint under {folder} is sound ({'; '.join(problems)}): start again with another --output"
+    )
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _same_run(stored: Mapping[str, object], asked: Mapping[str, object], place: Path) -> None:
+    for name, value in asked.items():
+        before = stored.get(name)
+        same = list(value) == before if isinstance(value, tuple) else value == before
+        if name not in _MAY_CHANGE and not same:
+            raise ConfigError(
+                f"{place.name} was trained with {name} = {before}, asked for {value}: resume with the old value or start another --output"
+            )
+
+
+def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
+    }
+
+
+def _restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    full = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})

@@ -1,0 +1,116 @@
+"""What the objectives train on: pixels decoded once, tokens and neighbors computed once, all memory-mapped.
+
+A dataset gives `batch(indices, generator)`; every random choice comes from the generator it is handed, so the same step
+sees the same data after a resume and whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from knn_diffusion import images
+from knn_diffusion.checkpoint import atomic_write_bytes, file_digest, write_json
+from knn_diffusion.config import read_mapping
+from knn_diffusion.errors import ImageError, UsageError
+from knn_diffusion.image_index import content_digest
+from knn_diffusion.retrieval.segments import npy_bytes
+
+Batch = Mapping[str, Tensor]
+Reporter = Callable[[str, int, int], None]
+"""Called with what is being done, how many are done, and how many there are."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A fixed number of examples, drawn by index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Int[Tensor, "batch"], generator: torch.Generator) -> Batch:
+        """The examples at these indices as tensors; randomness only from the generator."""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelDataset:
+    """Square images for the tokenizer: `pixels` in [-1, 1], mirrored half of the time if asked."""
+
+    array: UInt8[np.ndarray, "items height width 3"]
+    mirror: bool = False
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def batch(self, indices: Int[Tensor, "batch"], generator: torch.Generator) -> Batch:
+        """`pixels` of shape [batch, 3, height, width]."""
+        pixels = images.pixels_from_uint8(self.array[indices.numpy()])
+        if self.mirror:
+            flipped = torch.rand(len(indices), generator=generator) < 0.5
+            pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+        return {"pixels": pixels}
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSet:
+    """Decoded images, the content id of each, and a digest that names the whole set."""
+
+    array: UInt8[np.ndarray, "items height width 3"]
+    ids: list[str]
+    digest: str
+
+
+def load_pixels(
+    sources: Sequence[str | Path], size: int, cache: Path, report: Reporter | None = None
+) -> PixelSet:
+    """Every readable image under `sources` as size × size pixels, decoded once and memory-mapped from `cache`.
+
+    Images that cannot be read are left out and listed with their reasons in `skipped.json` beside the array.
+
+    Raises: UsageError when no image could be read.
+    """
+    found = images.find_images(sources)
+    key = hashlib.sha256("\n".join([str(size), *(f"{image.source}/{image.key}" for image in found)]).encode())
+    folder = cache / f"pixels-{size}-{key.hexdigest()[:12]}"
+    if not (folder / "done.json").is_file():
+        _decode(found, size, folder, report)
+    facts = read_mapping(folder / "done.json")
+    array = np.memmap(folder / "pixels.u8", np.uint8, "r", shape=(len(facts["ids"]), size, size, 3))
+    return PixelSet(array, facts["ids"], facts["sha256"])
+
+
+def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report: Reporter | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    skipped: list[dict[str, str]] = []
+    ids: list[str] = []
+    with (folder / "pixels.u8").open("wb") as file:
+        for number, image in enumerate(found):
+            try:
+                picture = image.load()
+            except ImageError as error:
+                skipped.append({"source": image.source, "key": image.key, "reason": str(error)})
+            else:
+                file.write(images.to_array(images.square(picture, size)).tobytes())
+                ids.append(content_digest(picture)[:16])
+            if report is not None:
+                report("decoding images", number + 1, len(found))
+    if not ids:
+        raise UsageError(f"expected readable images, all {len(found)} failed (first: {skipped[0]['reason']}): check the files")
+    write_json(folder / "skipped.json", skipped)
+    write_json(folder / "done.json", {"ids": ids, "size": size, "sha256": file_digest(folder / "pixels.u8")})
+
+
+def cached_array(cache: Path, name: str, facts: Mapping[str, object], compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array made once from these facts: memory-mapped from `cache` when it is there, else computed and kept."""
+    key = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:12]
+    path = cache / f"{name}-{key}.npy"
+    if not path.is_file():
+        atomic_write_bytes(path, npy_bytes(compute()))
+    return np.load(path, mmap_mode="r")

@@ -1,0 +1,238 @@
+"""Algorithm 1: the denoiser learns to undo noise on an image's tokens, given its own embedding and its neighbors'.
+
+No caption is read anywhere in this file or in what it trains on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from knn_diffusion.checkpoint import save_part
+from knn_diffusion.config import config, require, to_dict
+from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
+from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss
+from knn_diffusion.diffusion.process import Schedule, q_sample
+from knn_diffusion.diffusion.sampling import SamplerConfig, sample
+from knn_diffusion.errors import FingerprintError, UsageError
+from knn_diffusion.images import from_array, grid, uint8_from_pixels
+from knn_diffusion.image_index import ImageIndex
+from knn_diffusion.model_folder import load_denoiser, load_tokenizer, resolve_model, write_pipeline_file
+from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
+from knn_diffusion.models.encoders import save_encoder
+from knn_diffusion.models.tokenizer import VQGAN
+from knn_diffusion.randomness import generator_for
+from knn_diffusion.shapes import Condition
+from knn_diffusion.training.data import Batch, Reporter, load_pixels
+from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, train
+from knn_diffusion.training.neighbors import DenoiserData, prepare
+
+PREVIEWS = 8
+
+
+@config
+class ConditioningConfig:
+    """What training does to y before the denoiser sees it.
+
+    k                  neighbors of each image, at least 0; 0 trains the baselines without retrieval (Sec. 4.4, Table 3)
+    condition_dropout  share of images that get the null condition, which trains guidance's other half; the paper's is 0
+    query_dropout      share of images whose own embedding is hidden, so that neighbors alone must do; the paper's is 0
+    query_noise        share of a random direction in the image's own embedding, as LAFITE does with 0.75; the paper's is 0
+    """
+
+    k: int = 10
+    condition_dropout: float = 0.1
+    query_dropout: float = 0.0
+    query_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.k >= 0, "k", self.k, "at least 0")
+        for name in ("condition_dropout", "query_dropout", "query_noise"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+
+
+@config
+class DenoiserRun:
+    """Everything that decides how a denoiser turns out, but its data."""
+
+    denoiser: DenoiserConfig
+    schedule: Schedule
+    training: TrainingConfig
+    conditioning: ConditioningConfig = ConditioningConfig()
+    loss: LossConfig = LossConfig()
+    step_sampling: Literal["uniform", "importance"] = "uniform"
+    """How the step n of each image is drawn: Algorithm 1's way, or VQ-Diffusion's."""
+
+    def __post_init__(self) -> None:
+        steps, codes = self.denoiser.num_steps, self.denoiser.vocab_size
+        require(self.schedule.num_steps == steps, "schedule.num_steps", self.schedule.num_steps, f"denoiser.num_steps, {steps}")
+        require(self.schedule.vocab_size == codes, "schedule.vocab_size", self.schedule.vocab_size, f"denoiser.vocab_size, {codes}")
+
+
+class DenoiserObjective:
+    """Algorithm 1 over cached tokens, embeddings and neighbor lists; an `Objective` of the training loop."""
+
+    def __init__(self, run: DenoiserRun, validation: DenoiserData, tokenizer: VQGAN, encoder_fingerprint: str) -> None:
+        self.run = run
+        self.validation = validation
+        self.tokenizer = tokenizer
+        self.encoder_fingerprint = encoder_fingerprint
+        self.denoiser = Denoiser(run.denoiser)
+        self.step_sampler = StepSampler(run.schedule.num_steps, run.step_sampling)
+        self.network: nn.Module = self.denoiser
+        self.modules: nn.Module = nn.ModuleDict({"denoiser": self.denoiser, "step_sampler": self.step_sampler})
+
+    def phases(self) -> list[Phase]:
+        """One: lines 3-16 of Algorithm 1."""
+        return [Phase("denoiser", list(self.denoiser.parameters()), self.loss)]
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Lines 4-14 of Algorithm 1 for a batch of images, in nats per token."""
+        x_0 = batch["tokens"]  # 4, 7: an image's tokens, made once before training
+        y = self.condition(batch, generator)  # 5, 6: its embedding and its neighbors', found once before training
+        n, probability = self.step_sampler.sample(len(x_0), generator)  # 8
+        x_n = q_sample(self.run.schedule, x_0, n, generator)  # 9
+        logits = self.denoiser(x_n, n, y)
+        parts = diffusion_loss(self.run.schedule, logits, x_0, x_n, n, probability, self.run.loss)  # 10-14
+        self.step_sampler.update(n, parts.bound)
+        # Over N, so that with uniform steps the number is Algorithm 1's; gradient clipping then means the same for every N.
+        return {"loss": parts.total / self.run.schedule.num_steps, "x_0": parts.l_x0.mean()}
+
+    def condition(self, batch: Batch, generator: torch.Generator) -> Condition:
+        """y of Eq. 4, with what training hides of it."""
+        settings = self.run.conditioning
+        query = batch["query"]
+        if settings.query_noise > 0:
+            query = lafite_noise(query, settings.query_noise, generator)
+        y = make_condition(query, batch["neighbors"], batch["present"])
+        y = drop_query(y, settings.query_dropout, generator)
+        return drop_condition(y, settings.condition_dropout, generator)
+
+    def validate(self, network: nn.Module, step: int, generator: torch.Generator) -> Validation:
+        """Loss on images kept out of training, and pictures drawn for some of them from their neighbors alone."""
+        device = next(network.parameters()).device
+        items = torch.arange(len(self.validation))
+        losses = []
+        for part in items.split(self.run.training.batch_size):
+            batch = {name: value.to(device) for name, value in self.validation.batch(part, torch.Generator()).items()}
+            y = make_condition(batch["query"], batch["neighbors"], batch["present"])
+            n = torch.randint(1, self.run.schedule.num_steps + 1, (len(part),), generator=generator, device=device)
+            x_n = q_sample(self.run.schedule, batch["tokens"], n, generator)
+            logits = network(x_n, n, y)
+            uniform = torch.full((len(part),), 1 / self.run.schedule.num_steps, dtype=torch.float64, device=device)
+            parts = diffusion_loss(self.run.schedule, logits, batch["tokens"], x_n, n, uniform, self.run.loss)
+            losses.append(torch.stack([parts.bound.mean() * self.run.schedule.num_steps, parts.l_x0.mean()]) * len(part))
+        bound, x_0 = (torch.stack(losses).sum(0) / len(items)).tolist()
+        return Validation(metrics={"bound": bound, "x_0": x_0}, preview=self._preview(network, device))
+
+    def _preview(self, network: nn.Module, device: torch.device) -> object:
+        """Top row: images that training never saw, as the tokenizer gives them back; below: drawn from their neighbors."""
+        count = min(PREVIEWS, len(self.validation))
+        batch = self.validation.batch(torch.arange(count), torch.Generator())
+        batch = {name: value.to(device) for name, value in batch.items()}
+        y = drop_query(make_condition(batch["query"], batch["neighbors"], batch["present"]), 1.0, torch.Generator())
+        tokens = sample(
+            network,
+            self.run.schedule,
+            y,
+            with_null(y),
+            config=SamplerConfig(num_steps=min(16, self.run.schedule.num_steps), guidance_scale=2.0),
+            grid=self.run.denoiser.grid,
+            generators=[generator_for("preview", number) for number in range(count)],
+        )
+        self.tokenizer.to(device)
+        rows = [self.tokenizer.decode(t) for t in (batch["tokens"], tokens)]
+        return grid([from_array(array) for row in rows for array in uint8_from_pixels(row)], columns=count, cell=96)
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a trained denoiser of the same shape.
+
+        Raises: FingerprintError when it was trained with another encoder; ConfigError when its shape differs.
+        """
+        trained, schedule, facts = load_denoiser(folder)
+        if facts.get("encoder") != self.encoder_fingerprint:
+            raise FingerprintError(
+                f"{folder} was trained with the encoder {str(facts.get('encoder'))[:24]}, the index with "
+                f"{self.encoder_fingerprint[:24]}: build the index with that model's encoder"
+            )
+        require(trained.config == self.run.denoiser, "denoiser", self.run.denoiser, f"that of {folder}, {trained.config}")
+        require(schedule == self.run.schedule, "schedule", self.run.schedule, f"that of {folder}, {schedule}")
+        self.denoiser.load_state_dict(trained.state_dict())
+
+    def lay_out(self, folder: Path, tokenizer: Path, index: ImageIndex) -> None:
+        """Put the parts that do not change into the model folder, so that every export completes a usable model."""
+        if not (folder / "tokenizer").exists():
+            shutil.copytree(tokenizer, folder / "tokenizer")
+        if not (folder / "encoder").exists():
+            save_encoder(index.encoder, folder / "encoder")
+
+    def export(self, network: nn.Module, folder: Path, facts: Mapping[str, object]) -> None:
+        """Write the denoiser in half precision with its schedule and its encoder's fingerprint, and the model around it."""
+        weights = {name: value.half() for name, value in network.state_dict().items()}
+        extra = {"encoder": self.encoder_fingerprint, "schedule": to_dict(self.run.schedule), "run": to_dict(self.run), **facts}
+        save_part(folder / "denoiser", kind="denoiser", config=self.run.denoiser, weights=weights, extra=extra)
+        sampler = SamplerConfig(num_steps=min(16, self.run.schedule.num_steps), order="halton", guidance_scale=3.0)
+        write_pipeline_file(
+            folder, name=folder.absolute().parent.name, sampler=sampler, k=max(1, self.run.conditioning.k), facts=dict(facts)
+        )
+
+
+def train_denoiser(
+    run: DenoiserRun,
+    sources: Sequence[str | Path],
+    index: ImageIndex,
+    output: Path,
+    *,
+    tokenizer: Path | None = None,
+    init: str | Path | None = None,
+    resume: bool = False,
+    max_minutes: float | None = None,
+    device: str = "auto",
+    report: Reporter | None = None,
+    watch: Callable[[Progress], None] | None = None,
+) -> TrainingResult:
+    """Algorithm 1 over a folder of images and an index: leaves a whole model in `output/model`.
+
+    Args:
+        sources: image folders, files or shards; usually the ones the index was built from.
+        tokenizer: folder of a trained tokenizer; not needed with `init`.
+        init: bundled name or folder of a model to go on from: its tokenizer is used, its denoiser's weights start the run.
+
+    Raises: UsageError when there is neither a tokenizer nor a model to go on from, or the images are too few;
+        FingerprintError when that model was trained with another encoder than the index.
+    """
+    tokenizer_folder = _tokenizer_folder(tokenizer, init)
+    parts, _ = load_tokenizer(tokenizer_folder)
+    pixels = load_pixels(sources, parts.config.image_size, output / "cache", report)
+    data = prepare(pixels, index, parts, run.conditioning.k, output / "cache", report)
+    training, validation = data.split(validation_count(len(data)))
+    objective = DenoiserObjective(run, validation, parts, index.encoder.fingerprint)
+    objective.lay_out(output / "model", tokenizer_folder, index)
+    if init is not None:
+        objective.start_from(resolve_model(init) / "denoiser")
+    return train(
+        objective, training, run.training, output, resume=resume, max_minutes=max_minutes, device=device, watch=watch
+    )
+
+
+def validation_count(items: int) -> int:
+    """How many images are kept out of training to judge it: a fiftieth, 1 … 512.
+
+    Raises: UsageError when fewer than two images are there.
+    """
+    if items < 2:
+        raise UsageError(f"expected at least 2 images to train on, got {items}: add images")
+    return min(512, max(1, items // 50))
+
+
+def _tokenizer_folder(tokenizer: Path | None, init: str | Path | None) -> Path:
+    if tokenizer is not None:
+        return tokenizer
+    if init is None:
+        raise UsageError("expected a tokenizer to train on, got none: add --tokenizer DIR, or --init stickers")
+    return resolve_model(init) / "tokenizer"

@@ -1,0 +1,209 @@
+"""Training of the image tokenizer: draw the image again through few codes, and fool a discriminator (VQGAN).
+
+Two phases a step: the generator minimises pixel, perceptual, commitment and adversarial terms; the discriminator learns to
+tell images from reconstructions. It begins before the generator listens to it, so that its first opinions are informed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from knn_diffusion.checkpoint import apply_weights, save_part
+from knn_diffusion.config import config, require, to_dict
+from knn_diffusion.errors import UsageError
+from knn_diffusion.images import from_array, grid, pixels_from_uint8, uint8_from_pixels
+from knn_diffusion.model_folder import load_tokenizer, resolve_model
+from knn_diffusion.models.discriminator import PatchDiscriminator
+from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig, codebook_perplexity
+from knn_diffusion.training.data import Batch, PixelDataset, Reporter, load_pixels
+from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, train
+from knn_diffusion.training.perceptual import PERCEPTIONS, PerceptualName
+
+PREVIEWS = 8
+
+
+@config
+class TokenizerLossConfig:
+    """What the tokenizer is pulled towards, beside the mean absolute difference of pixels (weight 1).
+
+    perceptual           what compares images beyond pixels: none, edges (a gradient pyramid) or random (fixed random features)
+    perceptual_weight    its weight
+    commitment_weight    pull of the encoder towards its codes
+    adversarial_weight   weight of fooling the discriminator
+    feature_weight       weight of matching the discriminator's features
+    discriminator_start  step at which the discriminator begins to learn
+    adversarial_start    step at which the generator begins to listen to it
+    """
+
+    perceptual: PerceptualName = "edges"
+    perceptual_weight: float = 0.5
+    commitment_weight: float = 2.0
+    adversarial_weight: float = 0.02
+    feature_weight: float = 0.2
+    discriminator_start: int = 2000
+    adversarial_start: int = 2500
+
+    def __post_init__(self) -> None:
+        for name in ("perceptual_weight", "commitment_weight", "adversarial_weight", "feature_weight"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        ordered = 0 <= self.discriminator_start <= self.adversarial_start
+        require(
+            ordered, "adversarial_start", self.adversarial_start, "at least discriminator_start, which is at least 0"
+        )
+
+
+@config
+class TokenizerRun:
+    """Everything that decides how a tokenizer turns out, but its data."""
+
+    tokenizer: TokenizerConfig
+    training: TrainingConfig
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+
+
+class TokenizerObjective:
+    """VQGAN's two losses; an `Objective` of the training loop."""
+
+    def __init__(self, run: TokenizerRun, validation: UInt8[np.ndarray, "items height width 3"]) -> None:
+        self.run = run
+        self.run = run
+        self.settings = run.loss
+        self.batch_size = run.training.batch_size
+        self.validation = validation
+        self.tokenizer = VQGAN(run.tokenizer)
+        self.discriminator = PatchDiscriminator()
+        self.perceive = PERCEPTIONS[run.loss.perceptual]()
+        self.network: nn.Module = self.tokenizer
+        parts = {"tokenizer": self.tokenizer, "discriminator": self.discriminator, "perceive": self.perceive}
+        self.modules: nn.Module = nn.ModuleDict(parts).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._drawn: Tensor | None = None
+
+    def phases(self) -> list[Phase]:
+        """The generator, then the discriminator on what the generator just drew."""
+        return [
+            Phase("tokenizer", list(self.tokenizer.parameters()), self.generator_loss),
+            Phase("discriminator", list(self.discriminator.parameters()), self.discriminator_loss),
+        ]
+
+    def generator_loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pixels, edges, commitment and, from `adversarial_start`, the discriminator's opinion."""
+        s, real = self.settings, batch["pixels"].contiguous(memory_format=torch.channels_last)
+        result = self.tokenizer(real, generator)
+        drawn = result.pixels.float()
+        self._drawn = drawn.detach()
+        pixel, perceptual = (drawn - real).abs().mean(), self.perceive(drawn, real)
+        loss = pixel + s.perceptual_weight * perceptual + s.commitment_weight * result.commitment
+        parts = {"pixel": pixel, "perceptual": perceptual, "commitment": result.commitment}
+        if step >= s.adversarial_start and s.adversarial_weight + s.feature_weight > 0:
+            adversarial, features = self._opinion(drawn, real)
+            loss = loss + s.adversarial_weight * adversarial + s.feature_weight * features
+            parts |= {"adversarial": adversarial, "features": features}
+        return {"loss": loss, **parts}
+
+    def _opinion(self, drawn: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Hinge loss of the generator, and the distance of the discriminator's features of both images."""
+        self.discriminator.requires_grad_(False)
+        logits, seen = self.discriminator(drawn)
+        with torch.no_grad():
+            _, wanted = self.discriminator(real)
+        self.discriminator.requires_grad_(True)
+        distances = [(a.float() - b.float()).abs().mean() for a, b in zip(seen, wanted, strict=True)]
+        return -logits.float().mean(), torch.stack(distances).mean()
+
+    def discriminator_loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor] | None:
+        """Hinge loss: images above 1, reconstructions below -1."""
+        s = self.settings
+        if step < s.discriminator_start or s.adversarial_weight + s.feature_weight == 0 or self._drawn is None:
+            return None
+        logits, _ = self.discriminator(torch.cat([batch["pixels"], self._drawn]))
+        real, drawn = logits.float().chunk(2)
+        return {
+            "loss": functional.relu(1 - real).mean() + functional.relu(1 + drawn).mean(),
+            "gap": (real.mean() - drawn.mean()),
+        }
+
+    def validate(self, network: nn.Module, step: int, generator: torch.Generator) -> Validation:
+        """Quality of reconstructions, and how much of the codebook they use."""
+        device = next(network.parameters()).device
+        assert isinstance(network, VQGAN)
+        counts = torch.zeros(network.vocab_size)
+        error, squared = 0.0, 0.0
+        previews: list[np.ndarray] = []
+        for start in range(0, len(self.validation), self.batch_size):
+            real = pixels_from_uint8(self.validation[start : start + self.batch_size]).to(device)
+            tokens = network.encode(real)
+            drawn = network.decode(tokens)
+            counts += torch.bincount(tokens.flatten().cpu(), minlength=network.vocab_size)
+            error += float((drawn - real).abs().sum())
+            squared += float((drawn - real).square().sum())
+            if not previews:
+                previews = [*uint8_from_pixels(real[:PREVIEWS]), *uint8_from_pixels(drawn[:PREVIEWS])]
+        values = self.validation.size
+        metrics = {
+            "l1": error / values,
+            "psnr": float(10 * np.log10(4 * values / squared)),
+            "codebook_usage": float((counts > 0).float().mean()),
+            "codebook_perplexity": codebook_perplexity(counts),
+        }
+        columns = min(PREVIEWS, len(self.validation))
+        return Validation(
+            metrics=metrics, preview=grid([from_array(one) for one in previews], columns=columns, cell=96)
+        )
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a trained tokenizer of the same shape.
+
+        Raises: CheckpointError when it is missing, damaged or of another shape.
+        """
+        trained, _ = load_tokenizer(folder)
+        apply_weights(self.tokenizer, trained.state_dict(), str(folder))
+
+    def export(self, network: nn.Module, folder: Path, facts: Mapping[str, object]) -> None:
+        """Write the tokenizer in half precision."""
+        assert isinstance(network, VQGAN)
+        weights = {name: value.half() for name, value in network.state_dict().items()}
+        save_part(
+            folder, kind="tokenizer", config=network.config, weights=weights, extra={"run": to_dict(self.run), **facts}
+        )
+
+
+def train_tokenizer(
+    run: TokenizerRun,
+    sources: Sequence[str | Path],
+    output: Path,
+    *,
+    init: str | Path | None = None,
+    resume: bool = False,
+    max_minutes: float | None = None,
+    device: str = "auto",
+    report: Reporter | None = None,
+    watch: Callable[[Progress], None] | None = None,
+) -> TrainingResult:
+    """Train a tokenizer on image folders, files or shards; leaves it in `output/model`.
+
+    Args:
+        init: bundled name or folder of a model whose tokenizer's weights start the run.
+
+    Raises: UsageError when there are fewer than two readable images; CheckpointError when `init` is of another shape.
+    """
+    pixels = load_pixels(sources, run.tokenizer.image_size, output / "cache", report).array
+    if len(pixels) < 2:
+        raise UsageError(f"expected at least 2 images to train on, got {len(pixels)}: add images")
+    cut = len(pixels) - min(512, max(1, len(pixels) // 50))
+    objective = TokenizerObjective(run, pixels[cut:])
+    if init is not None:
+        objective.start_from(resolve_model(init) / "tokenizer")
+    if init is not None:
+        trained, _ = load_tokenizer(resolve_model(init) / "tokenizer")
+        apply_weights(objective.tokenizer, trained.state_dict(), str(init))
+    dataset = PixelDataset(pixels[:cut], mirror=True)
+    return train(
+        objective, dataset, run.training, output, resume=resume, max_minutes=max_minutes, device=device, watch=watch
+    )

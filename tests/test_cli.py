@@ -1,0 +1,382 @@
+"""The command line on a tiny world: what it prints, where it writes, how it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny_world import SIZE, build_model, draw_pictures, same_pixels
+
+from knn_diffusion import ImageIndex, KnnDiffusion
+from knn_diffusion.cli import main, spread_values
+from knn_diffusion.cli.configuration import chosen_run, merged, parse_changes
+from knn_diffusion.cli.draw import slug
+from knn_diffusion.doctor import within
+from knn_diffusion.errors import UsageError
+from knn_diffusion.images import open_image, read_settings, square
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    return build_model(tmp_path_factory.mktemp("model") / "tiny", pictures)
+
+
+@pytest.fixture
+def index(tmp_path: Path, model: Path, pictures: Path) -> Path:
+    folder = tmp_path / "index"
+    assert main(["index", "build", str(pictures), "--output", str(folder), "--encoder", str(model / "encoder")]) == 0
+    return folder
+
+
+class Ran:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*arguments: object) -> Ran:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call
+
+
+def fails(ran: Ran, code: int, *texts: str) -> None:
+    """One line on standard error, nothing on standard output, and this exit code."""
+    assert (ran.code, ran.out) == (code, ""), ran.err
+    assert re.fullmatch(r"error: [^\n]+\n", ran.err), ran.err
+    for text in texts:
+        assert text in ran.err
+
+
+def test_generate_json_is_a_flat_object_for_one_prompt(run: Any, model: Path, tmp_path: Path) -> None:
+    options = ("--model", model, "-n", 2, "-k", 4, "--steps", 3, "--guidance-scale", 1.5, "--seed", 9)
+    ran = run("generate", "a red heart", *options, "--output", tmp_path / "out", "--json")
+    assert ran.code == 0
+    found = ran.json
+    assert (found["prompt"], found["seed"], found["steps"], found["guidance_scale"]) == ("a red heart", 9, 3, 1.5)
+    assert (found["shortfall"], found["seconds"] > 0, len(found["neighbors"])) == (0, True, 4)
+    assert all(isinstance(one["id"], str) and {"score", "source"} <= one.keys() for one in found["neighbors"])
+    names = [Path(path).name for path in found["images"]]
+    assert names == ["000-a-red-heart-0.png", "000-a-red-heart-1.png"]
+    assert all(Path(path).is_absolute() and open_image(path).size == (SIZE, SIZE) for path in found["images"])
+    assert Path(found["contact_sheet"]).is_file()
+
+
+def test_generate_json_holds_results_for_several_prompts(run: Any, model: Path, tmp_path: Path) -> None:
+    ran = run("generate", "a cat", "a hat", "--model", model, "--output", tmp_path / "out", "--json")
+    assert [one["prompt"] for one in ran.json["results"]] == ["a cat", "a hat"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "000-a-cat-0.png", "001-a-hat-0.png", "contact-sheet.png",
+    ]  # fmt: skip
+
+
+def test_generate_prints_paths_for_people(run: Any, model: Path, tmp_path: Path) -> None:
+    ran = run("generate", "a cat", "--model", model, "--output", tmp_path / "out")
+    assert [Path(line).name for line in ran.out.splitlines()] == ["000-a-cat-0.png", "contact-sheet.png"]
+
+
+def test_command_line_and_python_draw_the_same_pixels(run: Any, model: Path, tmp_path: Path) -> None:
+    found = run(
+        "generate", "a cat", "a hat", "--model", model, "-n", 2, "--seed", 4, "--output", tmp_path / "o", "--json"
+    ).json
+    out = KnnDiffusion.from_pretrained(model)("a hat", num_images_per_prompt=2, seed=4)
+    for path, image in zip(found["results"][1]["images"], out.images, strict=True):
+        assert same_pixels(open_image(path), image)
+
+
+def test_images_carry_the_settings_that_draw_them_again(run: Any, model: Path, tmp_path: Path) -> None:
+    path = Path(
+        run("generate", "a cat", "--model", model, "--seed", 6, "--output", tmp_path / "o", "--json").json["images"][0]
+    )
+    settings = read_settings(path)
+    assert (settings["prompt"], settings["seed"], settings["k"], settings["model"]) == ("a cat", 6, 3, "tiny")
+    with Image.open(path) as opened:
+        parameters = opened.info["parameters"]
+    assert parameters.startswith("a cat\nSteps: 4")
+    assert "Seed: 6" in parameters
+
+
+def test_without_output_the_next_free_folder_is_used(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("generate", "a cat", "--model", model).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"output", "output-2"}
+
+
+def test_an_output_with_files_is_wrong_use_and_stays(run: Any, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    for command in (["generate", "a cat"], ["edit", tmp_path / "x.png", "a cat"]):
+        fails(run(*command, "--model", model, "--output", tmp_path / "out"), 2, "expected a new or empty folder")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_edit_writes_images_and_strength_0_keeps_the_pixels(
+    run: Any, model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    source = pictures / "red-circle.png"
+    found = run("edit", source, "a hat", "--strength", 0, "--model", model, "--output", tmp_path / "o", "--json").json
+    assert same_pixels(open_image(found["images"][0]), square(open_image(source), SIZE))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (["generate", ""], 2, "describe the picture in words"),
+        (["generate", "cat " * 500], 2, "say it more shortly"),
+        (["generate", "a cat", "-k", "99"], 2, "k"),
+        (["generate", "a cat", "-n", "0"], 2, "num_images_per_prompt"),
+        (["generate", "a cat", "--steps", "1000"], 2, "at most 8 steps"),
+        (["generate", "a cat", "--seed", "x"], 2, "--seed"),
+        (["generate"], 2, "PROMPT"),
+        (["generate", "a cat", "--model", "no-such-model"], 1, "bundled name"),
+        (["generate", "a cat", "--index", "no-such-index"], 1, "no-such-index"),
+        (["edit", "no-such.png", "a cat"], 1, "no-such.png"),
+        (["edit", "no-such.png", "a cat", "--strength", "2"], 1, "no-such.png"),
+        (["paint"], 2, "paint"),
+        (["generate", "a cat", "--colour"], 2, "--colour"),
+    ],
+)
+def test_failures_are_one_line_and_an_exit_code(
+    run: Any, model: Path, tmp_path: Path, case: tuple[list[str], int, str]
+) -> None:
+    arguments, code, text = case
+    if arguments[0] in ("generate", "edit"):
+        arguments = [*arguments, "--output", str(tmp_path / "out")]
+        if "--model" not in arguments:
+            arguments += ["--model", str(model)]
+    fails(run(*arguments), code, text)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_written(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, calls = os.replace, []
+
+    def full(source: str, target: str) -> None:
+        calls.append(target)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("knn_diffusion.checkpoint.os.replace", full)
+    fails(run("generate", "a cat", "-n", 4, "--model", model, "--output", tmp_path / "out"), 1, "the disk is full")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000-a-cat-0.png", "000-a-cat-1.png"]
+
+
+def test_a_bare_full_disk_error_is_one_line_too(run: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(KnnDiffusion, "from_pretrained", full)
+    fails(run("generate", "a cat", "--model", model), 1, "somewhere: the disk is full")
+
+
+def test_ctrl_c_is_130_and_keeps_the_images_drawn_before(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = KnnDiffusion.generate
+
+    def interrupted(self: KnnDiffusion, prompt: str, request: Any) -> Any:
+        if prompt == "a hat":
+            raise KeyboardInterrupt
+        return generate(self, prompt, request)
+
+    monkeypatch.setattr(KnnDiffusion, "generate", interrupted)
+    ran = run("generate", "a cat", "a hat", "--model", model, "--output", tmp_path / "out")
+    assert (ran.code, ran.err.strip()) == (130, "error: interrupted: everything saved so far is kept")
+    assert (tmp_path / "out" / "000-a-cat-0.png").is_file()
+
+
+def test_index_verbs_build_add_remove_and_tell(run: Any, index: Path, tmp_path: Path) -> None:
+    told = run("index", "info", index, "--json").json
+    assert (told["count"], told["dim"]) == (12, 8)
+    assert told["encoder"]
+    Image.new("RGB", (20, 20), (250, 0, 250)).save(tmp_path / "pink.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    added = run("index", "add", index, tmp_path / "pink.png", tmp_path / "broken.png", "--json")
+    assert added.code == 0
+    assert (added.json["added"], len(added.json["skipped"])) == (1, 1)
+    assert "broken.png" in added.json["skipped"][0]["source"]
+    found = run("index", "search", index, "--image", tmp_path / "pink.png", "-k", 2, "--json").json["neighbors"]
+    assert found[0]["source"].endswith("pink.png")
+    assert found[0]["score"] == pytest.approx(1, abs=1e-2)
+    assert run("index", "remove", index, found[0]["id"], "--json").json["removed"] == 1
+    assert run("index", "info", index, "--json").json["count"] == 12
+    assert run("index", "check", index).code == 0
+
+
+def test_index_search_finds_by_text(run: Any, index: Path) -> None:
+    found = run("index", "search", index, "--text", "a red heart", "-k", 3, "--json").json["neighbors"]
+    assert len(found) == 3
+    assert all({"id", "score", "source"} <= one.keys() for one in found)
+
+
+def test_index_search_wants_exactly_one_query(run: Any, index: Path, pictures: Path) -> None:
+    fails(run("index", "search", index), 2, "--text or --image")
+    fails(run("index", "search", index, "--text", "a cat", "--image", pictures / "red-bar.png"), 2, "--text or --image")
+
+
+def test_index_failures(run: Any, index: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
+    encoder = ("--encoder", model / "encoder")
+    fails(run("index", "build", pictures, "--output", index, *encoder), 2, str(index.name))
+    (tmp_path / "empty").mkdir()
+    fails(run("index", "build", tmp_path / "empty", "--output", tmp_path / "new", *encoder), 2, "found none")
+    fails(run("index", "search", index, "--text", "a cat", "-k", 99), 2, "12")
+    fails(run("index", "info", tmp_path / "nowhere"), 1, "nowhere")
+    fails(run("index", "remove", index, "no-such-id"), 2, "no-such-id")
+
+
+def test_building_from_nothing_readable_fails(run: Any, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    ran = run("index", "build", tmp_path / "broken.png", "--output", tmp_path / "new", "--encoder", model / "encoder")
+    assert ran.code == 1
+    assert "broken.png" in ran.err
+
+
+def test_check_notices_a_damaged_index(run: Any, index: Path) -> None:
+    segment = next(path for path in sorted(index.rglob("*.npy")) if "embeddings" in path.name)
+    content = bytearray(segment.read_bytes())
+    content[-3] ^= 1
+    segment.write_bytes(content)
+    assert run("index", "check", index).code == 1
+
+
+def test_doctor_says_what_is_there(run: Any) -> None:
+    ran = run("doctor", "--json")
+    found = {finding["name"]: finding for finding in ran.json["findings"]}
+    assert found["python"]["status"] == "ok"
+    assert "draws in" in found["device"]["found"]
+    assert ran.code == (0 if ran.json["ok"] else 1)
+
+
+def test_version_bounds() -> None:
+    assert within("2.13.0+cpu", ">=2.10,<2.14")
+    assert not within("2.14.0", ">=2.10,<2.14")
+    assert not within("2.9.1", ">=2.10,<2.14")
+    assert within("13.0", ">=12.3")
+
+
+def test_images_may_follow_one_option() -> None:
+    spread = spread_values(["train", "tokenizer", "--images", "a", "b", "--output", "o", "--images", "c"])
+    assert spread == ["train", "tokenizer", "--images", "a", "--images", "b", "--output", "o", "--images", "c"]
+    assert spread_values(["generate", "a", "b"]) == ["generate", "a", "b"]
+
+
+def test_single_values_are_changed_by_name() -> None:
+    changes = parse_changes(["training.num_steps=5", "training.precision=float32", "k=[1, 2]"])
+    assert changes == {"training": {"num_steps": 5, "precision": "float32"}, "k": [1, 2]}
+    assert merged({"training": {"seed": 1}, "k": 3}, changes)["training"] == {
+        "seed": 1,
+        "num_steps": 5,
+        "precision": "float32",
+    }
+    with pytest.raises(UsageError, match="expected --set name=value"):
+        parse_changes(["training"])
+
+
+def test_a_training_configuration_must_be_named_once() -> None:
+    from knn_diffusion.presets import DENOISERS
+
+    first = next(iter(DENOISERS))
+    named: dict[str, Any] = {"preset": first, "file": None, "changes": ["training.seed=3"], "init": None}
+    assert chosen_run("denoiser", DENOISERS, **named).training.seed == 3
+    with pytest.raises(UsageError, match=f"expected a preset for the denoiser .*{first}"):
+        chosen_run("denoiser", DENOISERS, **named | {"preset": "huge"})
+    with pytest.raises(UsageError, match="got both"):
+        chosen_run("denoiser", DENOISERS, **named | {"file": Path("x.toml")})
+    with pytest.raises(UsageError, match="got none"):
+        chosen_run("denoiser", DENOISERS, **named | {"preset": None})
+
+
+def test_slugs_are_file_names() -> None:
+    assert slug("A red heart!") == "a-red-heart"
+    assert slug("../../etc/passwd") == "etc-passwd"
+    assert slug("♥") == "prompt"
+    assert len(slug("word " * 50)) <= 40
+
+
+def fresh(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    loaded = set(fresh("import sys, knn_diffusion.cli; print(*{m.split('.')[0] for m in sys.modules})").split())
+    assert loaded.isdisjoint({"torch", "numpy", "PIL", "faiss", "pydantic", "safetensors"})
+
+
+def test_help_answers_at_once() -> None:
+    before = os.times()
+    assert "generate" in fresh("import sys; from knn_diffusion.cli import main; sys.exit(main(['--help']))")
+    after = os.times()  # of the processor, not of the clock: other work on this machine does not count
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 1.5
+
+
+def test_every_command_explains_itself(run: Any) -> None:
+    for command in (
+        ["generate"],
+        ["edit"],
+        ["index"],
+        ["index", "build"],
+        ["train", "denoiser"],
+        ["evaluate"],
+        ["doctor"],
+    ):
+        ran = run(*command, "--help")
+        assert ran.code == 0
+        assert "Usage" in ran.out
+
+
+def test_the_bundled_names_are_exported() -> None:
+    import knn_diffusion
+
+    assert {"KnnDiffusion", "ImageIndex", "UsageError"} <= set(dir(knn_diffusion))
+    assert knn_diffusion.ImageIndex is ImageIndex
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        knn_diffusion.Nothing  # noqa: B018
+
+
+def test_a_denoiser_trains_from_a_file_goes_on_and_draws(
+    run: Any, model: Path, index: Path, pictures: Path, tmp_path: Path
+) -> None:
+    facts = json.loads((model / "denoiser" / "config.json").read_text())
+    training = {"batch_size": 4, "num_steps": 9, "learning_rate": 1e-3, "checkpoint_every": 1, "warmup_steps": 1}
+    values = {"denoiser": facts["config"], "schedule": facts["extra"]["schedule"], "training": training}
+    (tmp_path / "run.json").write_text(json.dumps(values | {"conditioning": {"k": 2}}))
+    command = ["train", "denoiser", "--config", tmp_path / "run.json", "--images", pictures, "--index", index]
+    command += ["--tokenizer", model / "tokenizer", "--output", tmp_path / "run", "--device", "cpu", "--json"]
+    fails(run(*command, "--set", "training.no_such=1"), 2, "training.no_such")
+    first = run(*command, "--max-minutes", 0)
+    assert (first.code, first.json["finished"], first.json["step"]) == (0, False, 1), first.err
+    fails(run(*command), 2, "--resume")
+    second = run(*command, "--resume")
+    assert (second.json["finished"], second.json["step"]) == (True, 9)
+    drawn = run(
+        "generate", "a cat", "--model", second.json["model"], "--index", index, "--output", tmp_path / "o", "--json"
+    )
+    assert drawn.code == 0, drawn.err

@@ -1,0 +1,159 @@
+"""Training of the tokenizer: what each phase may move, what is measured, what is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from knn_diffusion.checkpoint import load_part
+from knn_diffusion.config import from_dict
+from knn_diffusion.errors import CheckpointError, ConfigError
+from knn_diffusion.images import pixels_from_uint8
+from knn_diffusion.model_folder import load_tokenizer
+from knn_diffusion.models.discriminator import PatchDiscriminator
+from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
+from knn_diffusion.training.data import PixelDataset
+from knn_diffusion.training.loop import TrainingConfig, train
+from knn_diffusion.training.perceptual import PERCEPTIONS
+from knn_diffusion.training.tokenizer import TokenizerLossConfig, TokenizerObjective, TokenizerRun
+
+RUN = TokenizerRun(
+    tokenizer=TokenizerConfig(image_size=16, grid=4, vocab_size=16, code_dim=8, channels=8, decoder_blocks=1),
+    training=TrainingConfig(
+        num_steps=30, batch_size=8, learning_rate=3e-3, warmup_steps=2, ema_decay=0.8, precision="float32"
+    ),
+    loss=TokenizerLossConfig(discriminator_start=2, adversarial_start=4),
+)
+
+
+def discs(count: int, size: int = 16) -> np.ndarray:
+    """Discs of random colour and place on plain grounds, uint8."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size]
+    images = np.empty((count, size, size, 3), np.uint8)
+    for image in images:
+        inside = np.hypot(x - rng.uniform(4, 12), y - rng.uniform(4, 12)) < rng.uniform(3, 6)
+        image[:] = np.where(inside[..., None], rng.integers(0, 256, 3), rng.integers(0, 256, 3))
+    return images
+
+
+def objective(run: TokenizerRun = RUN) -> TokenizerObjective:
+    torch.manual_seed(0)
+    return TokenizerObjective(run, discs(16))
+
+
+def losses(of: TokenizerObjective, step: int) -> list[dict[str, Tensor] | None]:
+    batch = {"pixels": pixels_from_uint8(discs(8))}
+    return [phase.loss(batch, step, torch.Generator().manual_seed(step)) for phase in of.phases()]
+
+
+def test_the_discriminator_learns_before_the_generator_listens_to_it() -> None:
+    toy = objective()
+    heard = []
+    for step in (1, 2, 3, 4):
+        generator, discriminator = losses(toy, step)
+        heard.append((discriminator is not None, "adversarial" in generator))
+    assert heard == [(False, False), (True, False), (True, False), (True, True)]
+
+
+def test_each_phase_moves_only_its_own_network() -> None:
+    toy = objective()
+    generator, discriminator = losses(toy, 5)
+    generator["loss"].backward()
+    assert all(p.grad is None for p in toy.discriminator.parameters())
+    assert all(p.grad is not None for p in toy.tokenizer.encoder.parameters())
+    toy.tokenizer.zero_grad()
+    discriminator["loss"].backward()
+    assert all(p.grad is None for p in toy.tokenizer.parameters())
+    assert all(p.grad is not None for p in toy.discriminator.parameters())
+
+
+def test_without_adversarial_weights_no_discriminator_is_trained() -> None:
+    loss = replace(RUN.loss, adversarial_weight=0.0, feature_weight=0.0)
+    generator, discriminator = losses(objective(replace(RUN, loss=loss)), 100)
+    assert discriminator is None
+    assert "adversarial" not in generator
+
+
+def test_a_short_run_draws_better_and_uses_the_codebook(tmp_path: Path) -> None:
+    toy = objective()
+    before = toy.validate(toy.network.eval(), 0, torch.Generator()).metrics
+    result = train(toy, PixelDataset(discs(64)), RUN.training, tmp_path, device="cpu")
+    assert result.metrics["validation/psnr"] > before["psnr"] + 3
+    assert result.metrics["validation/codebook_usage"] > 0.9
+    assert 1 <= result.metrics["validation/codebook_perplexity"] <= 16
+
+
+def test_validation_reports_what_the_network_really_does() -> None:
+    toy = objective()
+    report = toy.validate(toy.network.eval(), 0, torch.Generator())
+    real = pixels_from_uint8(discs(16))
+    drawn = toy.tokenizer.decode(toy.tokenizer.encode(real))
+    assert report.metrics["l1"] == pytest.approx(float((drawn - real).abs().mean()), rel=1e-4)
+    assert report.metrics["psnr"] == pytest.approx(
+        float(10 * torch.log10(4 / (drawn - real).square().mean())), rel=1e-4
+    )
+    assert report.preview is not None
+
+
+def test_what_is_exported_is_half_precision_and_encodes_the_same_after_loading(tmp_path: Path) -> None:
+    toy = objective()
+    toy.export(toy.network.half().float(), tmp_path / "tokenizer", {"steps": 7})
+    part = load_part(tmp_path / "tokenizer", kind="tokenizer", config_class=TokenizerConfig)
+    assert {value.dtype for value in part.weights.values()} == {torch.float16}
+    assert from_dict(TokenizerRun, part.extra["run"]) == RUN
+    assert part.extra["steps"] == 7
+    loaded, _ = load_tokenizer(tmp_path / "tokenizer")
+    images = pixels_from_uint8(discs(16))
+    tokens = toy.tokenizer.eval().encode(images)
+    assert torch.equal(loaded.encode(images), tokens)
+    assert torch.equal(loaded.decode(tokens), toy.tokenizer.decode(tokens))
+
+
+def test_a_run_can_start_from_a_trained_tokenizer_of_the_same_shape_only(tmp_path: Path) -> None:
+    trained = objective()
+    trained.export(trained.network.half().float(), tmp_path / "tokenizer", {})
+    fresh = objective()
+    fresh.start_from(tmp_path / "tokenizer")
+    for name, value in fresh.tokenizer.state_dict().items():
+        assert torch.equal(value, trained.tokenizer.state_dict()[name])
+    other = replace(RUN, tokenizer=replace(RUN.tokenizer, vocab_size=8))
+    with pytest.raises(CheckpointError, match=r"expected quantizer\.codes of shape \(8, 8\), got \(16, 8\)"):
+        objective(other).start_from(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize("name", PERCEPTIONS)
+def test_every_perception_is_zero_for_equal_images_and_alike_each_time(name: str) -> None:
+    real = pixels_from_uint8(discs(4))
+    blurred = torch.nn.functional.avg_pool2d(real, 3, 1, 1)
+    one, two = PERCEPTIONS[name](), PERCEPTIONS[name]()
+    assert float(one(real, real)) == pytest.approx(0, abs=1e-6)
+    assert float(one(blurred, real)) == float(two(blurred, real))
+    assert (float(one(blurred, real)) > 0.01) == (name != "none")
+
+
+def test_edges_punish_a_blurred_contour_more_than_a_shifted_colour() -> None:
+    real = pixels_from_uint8(discs(8))
+    blurred = torch.nn.functional.avg_pool2d(real, 5, 1, 2)
+    shifted = real + (blurred - real).abs().mean()
+    perceive = PERCEPTIONS["edges"]()
+    assert float(perceive(shifted, real)) < 1e-5 < float(perceive(blurred, real))
+
+
+def test_the_discriminator_judges_squares_and_images_apart_from_their_batch() -> None:
+    torch.manual_seed(0)
+    critic, images = PatchDiscriminator(channels=8), pixels_from_uint8(discs(4, 32))
+    logits, features = critic(images)
+    assert logits.shape == (4, 1, 4, 4)
+    assert [f.shape[1] for f in features] == [8, 16, 32]
+    assert torch.allclose(critic(images[:1])[0], logits[:1], atol=1e-5)
+
+
+def test_the_generator_cannot_be_told_to_listen_before_there_is_an_opinion() -> None:
+    with pytest.raises(ConfigError, match="adversarial_start must be at least discriminator_start"):
+        TokenizerLossConfig(discriminator_start=5, adversarial_start=4)

@@ -129,7 +129,15 @@ def test_an_optional_dependency_would_be_noticed() -> None:
 
 
 def test_nothing_executes_code_from_files() -> None:
-    banned = ("import pickle", "pickle.load", "torch.load(", "allow_pickle=True", "yaml.load", "import torchvision", "weights_only=False")
+    banned = (
+        "import pickle",
+        "pickle.load",
+        "torch.load(",
+        "allow_pickle=True",
+        "yaml.load",
+        "import torchvision",
+        "weights_only=False",
+    )
     found = [
         f"{path.name}: {word}" for name, path in modules().items() if name != "convert"
         for word in banned if any(word in line.split("#")[0] for line in _code(path))

@@ -75,7 +75,9 @@ def slow_greedy(vectors: np.ndarray, pictures: np.ndarray, valid: np.ndarray, k:
     kept: list[int] = []
     for one in np.flatnonzero(valid):
         near = rule.cosine is not None and any(vectors[one] @ vectors[two] > rule.cosine for two in kept)
-        alike = rule.manhattan is not None and any(np.abs(pictures[one] - pictures[two]).mean() <= rule.manhattan for two in kept)
+        alike = rule.manhattan is not None and any(
+            np.abs(pictures[one] - pictures[two]).mean() <= rule.manhattan for two in kept
+        )
         if not near and not alike and len(kept) < k:
             kept.append(int(one))
     return kept + [-1] * (k - len(kept))

@@ -25,7 +25,13 @@ from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.engines import IndexConfig
 
-NAMES = {"red": (220, 30, 30), "green": (30, 190, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40), "white": (255, 255, 255)}
+NAMES = {
+    "red": (220, 30, 30),
+    "green": (30, 190, 60),
+    "blue": (40, 60, 220),
+    "yellow": (240, 220, 40),
+    "white": (255, 255, 255),
+}
 
 
 class ColourEncoder:
@@ -81,7 +87,9 @@ def test_build_search_reopen(photos: Path, tmp_path: Path) -> None:
     with ImageIndex.open(tmp_path / "index", ENCODER) as index:
         found = index.search_text("a red thing", 3)
         assert index.source(found.ids[0][0]) == str(photos / "red.png")
-        assert index.search_text(["green", "blue"], 1).ids == [[id_of(Image.new("RGB", (24, 18), NAMES[n]))] for n in ("green", "blue")]
+        assert index.search_text(["green", "blue"], 1).ids == [
+            [id_of(Image.new("RGB", (24, 18), NAMES[n]))] for n in ("green", "blue")
+        ]
         own = index.search_image(photos / "pattern3.png", 1)
         assert own.ids[0][0] == id_of(picture(3))
         assert own.scores[0, 0] == pytest.approx(1, abs=1e-3)
@@ -111,7 +119,9 @@ def test_previews_are_small_pictures_and_optional(tmp_path: Path) -> None:
         assert np.abs(np.asarray(shown).astype(int) - NAMES["red"]).max() < 12
         index.add([picture(1)], previews=False)
         assert index.preview(id_of(picture(1))) is None
-        with pytest.raises(UsageError, match="expected the id of an image in the index in memory, got 'x': search to see its ids"):
+        with pytest.raises(
+            UsageError, match="expected the id of an image in the index in memory, got 'x': search to see its ids"
+        ):
             index.preview("x")
 
 
@@ -152,7 +162,9 @@ def test_the_same_picture_is_added_once_whatever_its_file(tmp_path: Path) -> Non
 
 def test_nothing_usable_leaves_no_folder(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(ImageError, match=r"none of 1 images could be used \(first: .*a.png: .*\): mend or replace them"):
+    with pytest.raises(
+        ImageError, match=r"none of 1 images could be used \(first: .*a.png: .*\): mend or replace them"
+    ):
         ImageIndex.build([tmp_path / "a.png"], tmp_path / "index", ENCODER)
     assert not (tmp_path / "index").exists()
     (tmp_path / "nothing").mkdir()
@@ -203,9 +215,9 @@ def test_the_encoder_is_loaded_by_where_it_was_or_by_its_name(
 
 @pytest.mark.parametrize("k", [0, 12])
 def test_an_impossible_k_is_refused(photos: Path, k: int) -> None:
-    with ImageIndex.build([photos], None, ENCODER) as index:
-        with pytest.raises(UsageError, match=f"k must be between 1 and 11, .* got {k}: change k or add images"):
-            index.search_text("red", k)
+    text = f"k must be between 1 and 11, .* got {k}: change k or add images"
+    with ImageIndex.build([photos], None, ENCODER) as index, pytest.raises(UsageError, match=text):
+        index.search_text("red", k)
 
 
 def test_exclusion_and_conditions_reach_the_search(photos: Path) -> None:
@@ -288,7 +300,9 @@ def test_a_bundled_index_opens_by_its_name(photos: Path, tmp_path: Path, monkeyp
     ImageIndex.build([photos], tmp_path / "toy" / "index", ENCODER).close()
     with ImageIndex.open("toy", ENCODER) as index:
         assert len(index) == 11
-    with pytest.raises(StoreError, match=r"expected an image index in toys, found no store.sqlite: check the path or build one"):
+    with pytest.raises(
+        StoreError, match=r"expected an image index in toys, found no store.sqlite: check the path or build one"
+    ):
         ImageIndex.open("toys")
 
 
@@ -343,7 +357,12 @@ def test_check_lists_everything_that_is_wrong(photos: Path, tmp_path: Path) -> N
     with ImageIndex.open(tmp_path / "index", ENCODER) as index, pytest.raises(StoreError) as caught:
         index.check()
     text = str(caught.value)
-    for part in ("embeddings.npy is damaged", "thumbnails.npy is damaged", "search.faiss is damaged", "index is not sound"):
+    for part in (
+        "embeddings.npy is damaged",
+        "thumbnails.npy is damaged",
+        "search.faiss is damaged",
+        "index is not sound",
+    ):
         assert part in text
     assert "\n" not in text
 
@@ -393,7 +412,9 @@ class Machine(RuleBasedStateMachine):
     def begin(self, cells: bool) -> None:
         Machine.number += 1
         self.folder = self.root / str(Machine.number)
-        self.settings = IndexConfig(exact_below=4, cells=2, num_probes=2, code_bits=4, depth=30) if cells else IndexConfig()
+        self.settings = (
+            IndexConfig(exact_below=4, cells=2, num_probes=2, code_bits=4, depth=30) if cells else IndexConfig()
+        )
         self.index = ImageIndex.build([picture(0)], self.folder, ENCODER, rule=OFF, settings=self.settings)
         self.model = {id_of(picture(0)): picture(0)}
 
@@ -427,7 +448,9 @@ class Machine(RuleBasedStateMachine):
     def search(self, seed: int, k: int) -> None:
         k = min(k, len(self.model))
         query = ENCODER.encode_images([picture(seed)])
-        vectors = {id_: ENCODER.encode_images([image])[0].astype(np.float16).astype(float) for id_, image in self.model.items()}
+        vectors = {
+            id_: ENCODER.encode_images([image])[0].astype(np.float16).astype(float) for id_, image in self.model.items()
+        }
         scores = {id_: float(v @ query[0] / np.linalg.norm(v)) for id_, v in vectors.items()}
         found = self.index.search(query, k)
         np.testing.assert_allclose(found.scores[0], sorted(scores.values(), reverse=True)[:k], atol=1e-6)

@@ -56,7 +56,9 @@ def cosines(store: Store, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows[order], scores[order]
 
 
-def by_hand(store: Store, query: np.ndarray, k: int, gone: set[str], threshold: float | None) -> tuple[list[str], list[float]]:
+def by_hand(
+    store: Store, query: np.ndarray, k: int, gone: set[str], threshold: float | None
+) -> tuple[list[str], list[float]]:
     """What search must answer, written as plainly as possible."""
     rows, scores = cosines(store, query)
     stored = store.embeddings(rows).astype(np.float64)
@@ -74,7 +76,9 @@ def by_hand(store: Store, query: np.ndarray, k: int, gone: set[str], threshold: 
 @pytest.mark.parametrize("rule", [OFF, COPIES], ids=["all", "without copies"])
 def test_search_equals_comparing_everything(settings: IndexConfig, rule: DedupConfig) -> None:
     with filled(None) as store:
-        every_cell = IndexConfig(**{**{n: getattr(settings, n) for n in settings.__slots__}, "num_probes": 8, "depth": 40})
+        every_cell = IndexConfig(
+            **{**{n: getattr(settings, n) for n in settings.__slots__}, "num_probes": 8, "depth": 40}
+        )
         retriever: Retriever = LocalRetriever(store, every_cell, rule)
         queries = vectors_of(5, seed=1)
         gone = [{"image3", "unknown"}, set(), {f"image{n}" for n in range(0, 300, 2)}, set(), {"image0"}]
@@ -103,7 +107,10 @@ def test_few_probes_find_most_and_cells_still_give_exactly_k() -> None:
         retriever, queries = LocalRetriever(store, CELLS, OFF), vectors_of(20, seed=3)
         found = retriever.search(queries, 10)
         assert found.shortfall.tolist() == [0] * 20
-        shares = [len(set(ids) & set(by_hand(store, query, 10, set(), None)[0])) for ids, query in zip(found.ids, queries, strict=True)]
+        shares = [
+            len(set(ids) & set(by_hand(store, query, 10, set(), None)[0]))
+            for ids, query in zip(found.ids, queries, strict=True)
+        ]
         assert np.mean(shares) > 8
         assert retriever.search(queries[:1], 600).shortfall.tolist() == [0]
 
@@ -180,7 +187,9 @@ def test_an_impossible_k_is_refused(k: int) -> None:
 def test_bad_queries_are_refused() -> None:
     with filled(None) as store:
         retriever = LocalRetriever(store)
-        with pytest.raises(FingerprintError, match="queries: expected vectors of 16 numbers, got 3: use the index's encoder"):
+        with pytest.raises(
+            FingerprintError, match="queries: expected vectors of 16 numbers, got 3: use the index's encoder"
+        ):
             retriever.search(np.ones((1, 3)), 1)
         with pytest.raises(UsageError, match="queries: expected finite vectors other than zero, row 1 is zero"):
             retriever.search(np.stack([np.ones(DIM), np.zeros(DIM)]), 1)
@@ -189,7 +198,10 @@ def test_bad_queries_are_refused() -> None:
 
 
 def test_an_empty_index_says_so() -> None:
-    with Store.create(None, TOY) as store, pytest.raises(StoreError, match="holds no images: add some before searching"):
+    with (
+        Store.create(None, TOY) as store,
+        pytest.raises(StoreError, match="holds no images: add some before searching"),
+    ):
         LocalRetriever(store).search(np.ones((1, DIM)), 1)
 
 

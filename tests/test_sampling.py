@@ -30,6 +30,7 @@ from knn_diffusion.errors import CheckpointError, ConfigError, UsageError
 PRESETS = ("released", "mask-and-replace", "absorbing")
 ORDERS = ("ancestral", "halton", "confidence")
 GRID, VOCAB = 4, 6
+SCHEDULE = Schedule(num_steps=20, vocab_size=VOCAB)
 every_chain = pytest.mark.parametrize(("preset", "order"), list(itertools.product(PRESETS, ORDERS)))
 
 
@@ -227,6 +228,11 @@ def test_halton_visits_every_cell_once_and_the_first_cells_lie_far_apart() -> No
     assert first.max() <= 9
 
 
+def test_the_halton_order_unmasks_the_cells_it_visits_first() -> None:
+    first = watched(SCHEDULE, config(order="halton"))[0].x_n != VOCAB
+    assert torch.equal(first, (halton_rank(GRID) < first[0].sum()).expand(3, -1))
+
+
 def test_confidence_without_noise_takes_the_surest_tokens_first() -> None:
     sharpness = torch.arange(GRID**2).flip(0) + 1.0
     logits = torch.zeros(GRID**2, VOCAB)
@@ -253,9 +259,6 @@ def recorded(schedule: Schedule, sampler: SamplerConfig) -> tuple[Tensor, list[t
     given, null = torch.tensor([1.0, 2.0]), torch.zeros(2)
     both = torch.cat([given, null])
     return sample(denoise, schedule, given, both, config=sampler, grid=GRID, generators=generators(2)), passes
-
-
-SCHEDULE = Schedule(num_steps=20, vocab_size=VOCAB)
 
 
 def test_guidance_of_one_is_the_conditional_model_at_half_the_cost() -> None:

@@ -120,7 +120,11 @@ def test_removing_an_unknown_id_removes_nothing() -> None:
     ("vectors", "error", "text"),
     [
         (np.ones((1, DIM + 1)), FingerprintError, "expected vectors of 6 numbers, got 7: use the index's encoder"),
-        (np.zeros((1, DIM)), UsageError, "expected finite vectors other than zero, row 0 is zero: encode that input again"),
+        (
+            np.zeros((1, DIM)),
+            UsageError,
+            "expected finite vectors other than zero, row 0 is zero: encode that input again",
+        ),
         (np.full((1, DIM), np.nan), UsageError, "row 0 is not finite"),
         (np.full((1, DIM), np.inf), UsageError, "row 0 is not finite"),
     ],
@@ -197,7 +201,10 @@ def test_a_second_writer_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with filled(tmp_path / "index", range(2)) as store:
         other = sqlite3.connect(tmp_path / "index" / "store.sqlite", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        with Store.open(tmp_path / "index") as second, pytest.raises(StoreError, match="is in use by another writer: wait"):
+        with (
+            Store.open(tmp_path / "index") as second,
+            pytest.raises(StoreError, match="is in use by another writer: wait"),
+        ):
             second.remove([content(0)[:16]])
         other.execute("ROLLBACK")
         other.close()
@@ -226,7 +233,9 @@ def test_a_failing_disk_leaves_the_old_state(
     monkeypatch.setattr(os, name, failing)
     reached = name == "fsync" or call < 2  # two files: two renames, and a sync of each file and its folder
     if reached:
-        with pytest.raises(KnnDiffusionError, match=r"could not be written \(the disk is full\): free space .* nothing was ch"):
+        with pytest.raises(
+            KnnDiffusionError, match=r"could not be written \(the disk is full\): free space .* nothing was ch"
+        ):
             store.append(*batch(range(3, 6)))
     monkeypatch.setattr(os, name, real)
     assert everything(store) == before
@@ -246,7 +255,9 @@ def test_a_full_database_leaves_the_old_state(tmp_path: Path) -> None:
         pages = writer.execute("PRAGMA page_count").fetchone()[0]
         writer.execute(f"PRAGMA max_page_count={pages}")
         items, vectors, thumbnails, _ = batch(range(3, 60))
-        with pytest.raises(StoreError, match=r"could not be read or written \(.*full\): free space or mend permissions"):
+        with pytest.raises(
+            StoreError, match=r"could not be read or written \(.*full\): free space or mend permissions"
+        ):
             store.append(items, vectors, thumbnails, [b"x" * 3000] * 57)
         assert everything(store) == before
         writer.execute(f"PRAGMA max_page_count={pages + 1000}")
@@ -284,7 +295,9 @@ def test_a_damaged_segment_is_noticed_when_it_is_read(tmp_path: Path, name: str,
     else:
         path.write_bytes(whole if damage == "flip" else whole[:-9])
     with Store.open(tmp_path / "index") as store:
-        with pytest.raises(StoreError, match=f"{name} (is damaged|cannot be read).*: restore a copy or build the index again"):
+        with pytest.raises(
+            StoreError, match=f"{name} (is damaged|cannot be read).*: restore a copy or build the index again"
+        ):
             everything(store)
         assert len(store.problems()) == 1
         assert store.problems()[0].startswith(name)
@@ -309,13 +322,15 @@ def test_a_damaged_database_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "index" / "store.sqlite"
     whole = path.read_bytes()
     path.write_bytes({"text": b"no database" * 1000, "cut": whole[: len(whole) // 2], "empty": b""}[damage])
-    with pytest.raises(StoreError, match=r"damaged store.sqlite \(.*\): restore a copy or build the index again"):
-        with Store.open(tmp_path / "index") as store:
-            everything(store)
+    text = r"damaged store.sqlite \(.*\): restore a copy or build the index again"
+    with pytest.raises(StoreError, match=text), Store.open(tmp_path / "index") as store:
+        everything(store)
 
 
 def test_opening_what_is_no_index_says_so(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"expected an image index in .*, found no store.sqlite: check the path or build"):
+    with pytest.raises(
+        StoreError, match=r"expected an image index in .*, found no store.sqlite: check the path or build"
+    ):
         Store.open(tmp_path)
 
 
@@ -349,11 +364,20 @@ def test_a_condition_selects_rows(where: str, expected: set[int]) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    ["sorce = 'x'", "source LIKE", "1); DELETE FROM items; --", "row IN (SELECT row FROM previews)", "load_extension('x')", "\0"],
+    [
+        "sorce = 'x'",
+        "source LIKE",
+        "1); DELETE FROM items; --",
+        "row IN (SELECT row FROM previews)",
+        "load_extension('x')",
+        "\0",
+    ],
 )
 def test_what_is_no_condition_is_refused_and_changes_nothing(where: str) -> None:
     with filled(None, range(3)) as store:
-        with pytest.raises(UsageError, match=r"expected a condition over id, source, key, added_at, such as .*: mend it"):
+        with pytest.raises(
+            UsageError, match=r"expected a condition over id, source, key, added_at, such as .*: mend it"
+        ):
             store.matching(where)
         assert len(everything(store)) == 3
 
@@ -386,3 +410,27 @@ def test_a_copied_store_is_the_same_store(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "index", tmp_path / "elsewhere")
     with Store.open(tmp_path / "elsewhere") as store:
         assert everything(store) == expected
+
+
+def test_two_writers_take_turns(tmp_path: Path) -> None:
+    Store.create(tmp_path / "index", TOY).close()
+
+    def write(first: int) -> None:
+        with Store.open(tmp_path / "index") as store:
+            for number in range(first, first + 20, 5):
+                store.append(*batch(range(number, number + 5)))
+
+    threads = [threading.Thread(target=write, args=(first,)) for first in (0, 100, 200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with Store.open(tmp_path / "index") as store:
+        found = everything(store)
+        assert {one[0] for one in found.values()} == {
+            f"photos/{n}.png" for first in (0, 100, 200) for n in range(first, first + 20)
+        }
+        for number, vector in zip(range(100, 105), batch(range(100, 105))[1], strict=True):
+            stored = store.embeddings(store.rows_of([content(number)[:16]]))[0]
+            np.testing.assert_allclose(stored, vector / np.linalg.norm(vector), atol=1e-3)
+        assert store.problems() == []

@@ -74,6 +74,14 @@ def test_the_tokenizer_chooses_the_nearest_code() -> None:
     assert torch.equal(quantizer.nearest(vectors), slow)
 
 
+def test_bfloat16_training_chooses_the_codes_that_float32_would() -> None:
+    quantizer = tiny(replace(TINY, vocab_size=512)).quantizer
+    vectors = torch.randn(2000, 6, generator=torch.Generator().manual_seed(1))
+    exact = quantizer.nearest(vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.nearest(vectors), exact)
+
+
 def test_the_gradient_passes_straight_through_the_quantizer() -> None:
     quantizer = tiny().quantizer
     latents = torch.randn(2, 6, 4, 4, requires_grad=True)
@@ -160,7 +168,7 @@ def test_cosine_filters_are_orthonormal_and_begin_with_the_mean_brightness() -> 
 
 def test_an_untrained_tokenizer_keeps_what_the_coarse_cosines_keep() -> None:
     model, images = tiny(replace(TINY, code_dim=16)), smooth_images(8)
-    kept = model.decoder(model.encoder(images))
+    kept = model.decoder(model.encoder(images)).detach()
     assert float((kept - images).square().mean()) < 0.05 * float(images.var())
 
 

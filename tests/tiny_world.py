@@ -88,8 +88,10 @@ def build_model(folder: Path, pictures: Path | None = None, seed: int = 0) -> Pa
             vocab_size=VOCAB, grid=GRID, width=16, depth=1, heads=2, condition_dim=DIM, num_steps=STEPS, step_width=8
         )
         denoiser = Denoiser(config)
-        for weight in denoiser.head.parameters():
-            weight.data.mul_(20)  # a fresh head is nearly uniform; here the condition shall matter
+        # A fresh network predicts nearly the same whatever it is told; here the condition shall matter.
+        denoiser.head.weight.data.mul_(20)
+        for block in denoiser.blocks:
+            block.cross_attention.output.weight.data.mul_(20)
     save_part(folder / "tokenizer", kind="tokenizer", config=tokenizer.config, weights=tokenizer.state_dict())
     schedule = Schedule(num_steps=STEPS, vocab_size=VOCAB, preset="absorbing")
     facts = {"encoder": encoder.fingerprint, "schedule": to_dict(schedule)}

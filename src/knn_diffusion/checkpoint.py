@@ -132,6 +132,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     try:
         save_file(plain, path)
+        path.chmod(0o644)
         _sync(path)
     except (SafetensorError, OSError) as error:
         raise _write_error(path, error) from None

@@ -9,8 +9,63 @@ from __future__ import annotations
 from knn_diffusion.diffusion.losses import LossConfig
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.models.denoiser import PAPER, DenoiserConfig
+from knn_diffusion.models.tokenizer import PAPER as PAPER_TOKENIZER
+from knn_diffusion.models.tokenizer import TokenizerConfig
 from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserRun
+from knn_diffusion.training.encoder import EncoderRun, small_training
 from knn_diffusion.training.loop import TrainingConfig
+from knn_diffusion.training.tokenizer import TokenizerLossConfig, TokenizerRun
+
+ENCODERS: dict[str, EncoderRun] = {
+    # The bundled encoder where no GPU is at hand: 1,600 steps of 256 pictures at 0.7 s on one core, 19 minutes.
+    "stickers-cpu": EncoderRun(training=small_training(1600)),
+    # The bundled encoder on one GPU, and more scenes to learn from.
+    "stickers-gpu": EncoderRun(training=small_training(12_000), scenes=120_000),
+}
+
+TOKENIZERS: dict[str, TokenizerRun] = {
+    # The bundled tokenizer where no GPU is at hand: 1,400 steps at 0.45-0.9 s on one core, 16 minutes, no adversarial term yet.
+    "stickers-cpu": TokenizerRun(
+        tokenizer=TokenizerConfig(codebook_decay=0.97, restart_share=0.3),
+        training=TrainingConfig(
+            num_steps=1400,
+            batch_size=32,
+            learning_rate=2e-3,
+            final_learning_rate=1e-4,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            ema_decay=0.995,
+            validate_every=250,
+            checkpoint_every=250,
+        ),
+    ),
+    # The bundled tokenizer on one GPU: wider, longer, and sharpened by the discriminator in the second half.
+    "stickers-gpu": TokenizerRun(
+        tokenizer=TokenizerConfig(channels=128, decoder_blocks=3, codebook_decay=0.97, restart_share=0.3),
+        training=TrainingConfig(
+            num_steps=20_000,
+            batch_size=128,
+            learning_rate=8e-4,
+            final_learning_rate=2e-5,
+            warmup_steps=500,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            ema_decay=0.999,
+            validate_every=2000,
+            checkpoint_every=1000,
+            log_every=50,
+        ),
+        loss=TokenizerLossConfig(discriminator_start=8000, adversarial_start=10_000),
+    ),
+    # The size of the paper's tokenizer (A.1), for photographs of 256 pixels; many GPU hours.
+    "paper-photo": TokenizerRun(
+        tokenizer=PAPER_TOKENIZER,
+        training=TrainingConfig(
+            num_steps=300_000, batch_size=64, learning_rate=2e-4, warmup_steps=2000, betas=(0.5, 0.9), weight_decay=0.0
+        ),
+        loss=TokenizerLossConfig(discriminator_start=80_000, adversarial_start=100_000),
+    ),
+}
 
 
 def _denoiser(config: DenoiserConfig, training: TrainingConfig, **others: object) -> DenoiserRun:
@@ -22,17 +77,17 @@ DENOISERS: dict[str, DenoiserRun] = {
     # The bundled model where no GPU is at hand: 64 pixels, 16×16 tokens, two cores.
     "stickers-cpu": _denoiser(
         DenoiserConfig(
-            vocab_size=1024, grid=16, width=256, depth=8, heads=4, condition_dim=256, num_steps=100, patch_size=2
+            vocab_size=1024, grid=16, width=256, depth=6, heads=4, condition_dim=256, num_steps=100, patch_size=2
         ),
         TrainingConfig(
-            num_steps=6000,
-            batch_size=64,
+            num_steps=3200,
+            batch_size=32,
             learning_rate=1e-3,
             final_learning_rate=5e-5,
             warmup_steps=200,
             ema_decay=0.998,
-            validate_every=500,
-            checkpoint_every=250,
+            validate_every=400,
+            checkpoint_every=200,
         ),
         loss=LossConfig(aux_weight=2e-2),
         conditioning=ConditioningConfig(query_dropout=0.5),

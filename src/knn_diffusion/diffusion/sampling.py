@@ -277,7 +277,7 @@ def _unmask(
         gumbel = -(-uniform(generators, len(x_n), x_n.shape[1], x_n.device).clamp_min(1e-300).log()).log()
         score = codes.gather(-1, drawn.unsqueeze(-1)).squeeze(-1) + noise * gumbel
     masked = x_n == schedule.mask_id
-    chosen = masked & _highest(score.masked_fill(~masked, -math.inf), masked.sum(1) - left)
+    chosen = _highest(score.masked_fill(~masked, -math.inf), masked.sum(1) - left)
     visible = drawn if schedule.replaces else x_n
     return torch.where(masked, torch.where(chosen, drawn, schedule.mask_id), visible)
 

@@ -3,6 +3,8 @@
     index = ImageIndex.build(["photos"], "my-index", encoder="stickers")
     index.search_text("a red heart", k=5).ids
     index.add(["new/*.png"])
+
+The folder is the truth (`retrieval/store.py`); everything else here is made from it when it is opened.
 """
 
 from __future__ import annotations
@@ -333,14 +335,18 @@ class ImageIndex:
         if self._store.folder is not None and (problem := cache_problem(self._store.folder)):
             found.append(problem)
         if found:
-            raise StoreError(f"{self._store.name} is not sound: {'; '.join(found)}: restore a copy or build the index again")
+            raise StoreError(
+                f"{self._store.name} is not sound: {'; '.join(found)}: restore a copy or build the index again"
+            )
 
     # Inside
 
     def _rows(self, ids: Sequence[str]) -> Int[np.ndarray, "ids"]:
         rows = self._store.rows_of(ids)
         if unknown := [one for one, row in zip(ids, rows, strict=True) if row < 0]:
-            raise UsageError(f"expected the id of an image in {self._store.name}, got {unknown[0]!r}: search to see its ids")
+            raise UsageError(
+                f"expected the id of an image in {self._store.name}, got {unknown[0]!r}: search to see its ids"
+            )
         return rows
 
     def _checked(self, encoder: JointEncoder) -> JointEncoder:

@@ -86,7 +86,9 @@ class Batch:
             if np.isfinite(vector).all() and vector.any():
                 self._ready.append((item, thumbnail, preview, vector))
             else:
-                self.report.skipped.append(Skipped(source=item.source, reason="the encoder gives no usable vector for it"))
+                self.report.skipped.append(
+                    Skipped(source=item.source, reason="the encoder gives no usable vector for it")
+                )
         self._images, self._waiting = [], []
 
     def commit(self) -> None:

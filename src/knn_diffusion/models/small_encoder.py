@@ -28,6 +28,10 @@ class SmallEncoderConfig:
     """Side of the square input in pixels; divisible by 2 at the stem and at every stage."""
     dim: int = 256
     """Width of the joint space H."""
+    meaning_fraction: float = 1.0
+    """Share of H's dimensions that texts reach, in (0, 1]; in the others pictures keep more of their looks."""
+    meaning_share: float = 0.6
+    """Squared length of an image vector's part in the meaning dimensions, in (0, 1): equal for all, so that it never ranks."""
     text_width: int = 384
     """Length of the sentence vectors that the text head reads."""
     stem_width: int = 32
@@ -42,10 +46,17 @@ class SmallEncoderConfig:
     def __post_init__(self) -> None:
         for name in ("size", "dim", "text_width", "stem_width"):
             require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        require(0 < self.meaning_fraction <= 1, "meaning_fraction", self.meaning_fraction, "in (0, 1]")
+        require(0 < self.meaning_share < 1, "meaning_share", self.meaning_share, "in (0, 1)")
         require(len(self.widths) > 0, "widths", self.widths, "at least one stage")
         require(len(self.blocks) == len(self.widths), "blocks", self.blocks, f"as long as widths {self.widths}")
         require(self.size % self.stride == 0, "size", self.size, f"a multiple of {self.stride}")
         require(0 < self.squeeze <= 4, "squeeze", self.squeeze, "in (0, 4]")
+
+    @property
+    def meaning_dim(self) -> int:
+        """Leading dimensions of H, the only ones where texts differ from zero."""
+        return max(1, round(self.dim * self.meaning_fraction))
 
     @property
     def stride(self) -> int:
@@ -88,6 +99,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, cfg: SmallEncoderConfig) -> None:
         super().__init__()
+        self.config = cfg
         layers: list[nn.Module] = [nn.Conv2d(3, cfg.stem_width, 3, STEM_STRIDE, 1)]
         width = cfg.stem_width
         for stage_width, count in zip(cfg.widths, cfg.blocks, strict=True):
@@ -103,7 +115,13 @@ class ImageTower(nn.Module):
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Unit vectors of images in [-1, 1], float32."""
         features = self.body(pixels.contiguous(memory_format=torch.channels_last))  # [batch, channels, 4, 4]
-        return F.normalize(self.head(features.flatten(1)).float(), dim=-1)
+        vectors = self.head(features.flatten(1)).float()
+        cut, share = self.config.meaning_dim, self.config.meaning_share
+        if cut == self.config.dim:
+            return F.normalize(vectors, dim=-1)
+        meaning = F.normalize(vectors[:, :cut], dim=-1) * math.sqrt(share)
+        looks = F.normalize(vectors[:, cut:], dim=-1) * math.sqrt(1 - share)
+        return torch.cat([meaning, looks], dim=-1)
 
 
 class SmallEncoder(nn.Module):
@@ -113,7 +131,7 @@ class SmallEncoder(nn.Module):
         super().__init__()
         self.config = cfg
         self.image_tower = ImageTower(cfg)
-        self.text_head = nn.Linear(cfg.text_width, cfg.dim)
+        self.text_head = nn.Linear(cfg.text_width, cfg.meaning_dim)
         nn.init.orthogonal_(self.text_head.weight)
         nn.init.zeros_(self.text_head.bias)
 
@@ -123,7 +141,8 @@ class SmallEncoder(nn.Module):
 
     def embed_texts(self, sentences: Float[Tensor, "batch text_width"]) -> Float[Tensor, "batch dim"]:
         """Unit vectors of texts from their frozen sentence vectors, float32."""
-        return F.normalize(self.text_head(sentences).float(), dim=-1)
+        meaning = F.normalize(self.text_head(sentences).float(), dim=-1)
+        return F.pad(meaning, (0, self.config.dim - self.config.meaning_dim))
 
 
 class Painter(nn.Module):
@@ -152,21 +171,33 @@ class Painter(nn.Module):
 
 def contrastive_loss(
     images: Float[Tensor, "batch dim"],
-    texts: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "texts dim"],
     scale: Float[Tensor, ""],
-    also_true: Bool[Tensor, "batch batch"],
+    also_true: Bool[Tensor, "batch texts"],
 ) -> Float[Tensor, ""]:
     """Symmetric cross-entropy between images and captions (Radford et al. 2021, Fig. 3), in nats.
 
     Args:
+        texts: the caption of each image in the same order; then, if any, more captions to be told apart from them.
         scale: inverse temperature.
         also_true: [i, j] where text j describes image i too without being its own caption; neither pulled nor pushed.
     """
+    count = len(images)
     logits = scale * images @ texts.T
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    own = torch.eye(count, len(texts), dtype=torch.bool, device=logits.device)
     logits = logits.masked_fill(also_true & ~own, -torch.inf)
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    target = torch.arange(count, device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
+
+
+def meaning_loss(images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """One minus the cosine, over the meaning dimensions, between each image and its caption, in [0, 2].
+
+    The contrastive loss is content when the right caption comes first. To be found by words that no caption used, an image
+    must lie where its caption lies, among all that means nearly the same (Frome et al., DeViSE, 2013).
+    """
+    reached = (texts != 0).any(0)
+    return 1 - F.cosine_similarity(images * reached, texts, dim=-1).mean()
 
 
 def looks_loss(

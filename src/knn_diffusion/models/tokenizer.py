@@ -273,8 +273,9 @@ class Quantizer(nn.Module):
         self.register_buffer("share", torch.zeros(config.vocab_size))
 
     def nearest(self, vectors: Float[Tensor, "vectors code_dim"]) -> Int[Tensor, "vectors"]:
-        """Index of the code at the smallest Euclidean distance from each vector."""
-        return (vectors @ self.codes.T - 0.5 * self.codes.square().sum(1)).argmax(1)
+        """Index of the code at the smallest Euclidean distance from each vector, in float32 whatever surrounds it."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            return (vectors.float() @ self.codes.T - 0.5 * self.codes.square().sum(1)).argmax(1)
 
     @torch.no_grad()
     def update(

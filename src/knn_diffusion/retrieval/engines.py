@@ -58,14 +58,18 @@ class Engine(Protocol):
     """Proposes rows that are probably nearest."""
 
     def candidates(
-        self, queries: Float32[np.ndarray, "queries dim"], count: int, snapshot: Snapshot, allowed: Bool[np.ndarray, "rows"],
+        self,
+        queries: Float32[np.ndarray, "queries dim"],
+        count: int,
+        snapshot: Snapshot,
+        allowed: Bool[np.ndarray, "rows"],
         effort: int,
     ) -> Int[np.ndarray, "queries found"]:
         """At least `count` allowed rows for each query, in no order, filled with -1 where fewer were found.
 
         Args:
             effort: 1 for a usual search; each doubling looks twice as far, until everything is looked at.
-        """  # fmt: skip
+        """
 
     def looks_everywhere(self, effort: int) -> bool:
         """Whether at this effort every allowed row is found if only `count` is large enough."""
@@ -84,10 +88,14 @@ class ExactEngine:
         return True
 
     def candidates(
-        self, queries: Float32[np.ndarray, "queries dim"], count: int, snapshot: Snapshot, allowed: Bool[np.ndarray, "rows"],
+        self,
+        queries: Float32[np.ndarray, "queries dim"],
+        count: int,
+        snapshot: Snapshot,
+        allowed: Bool[np.ndarray, "rows"],
         effort: int = 1,
     ) -> Int[np.ndarray, "queries found"]:
-        """The `count` nearest allowed rows of each query."""  # fmt: skip
+        """The `count` nearest allowed rows of each query."""
         matrix = self._rows(snapshot)
         best_rows = np.full((len(queries), count), -1, np.int64)
         best = np.full((len(queries), count), -np.inf, np.float32)
@@ -136,10 +144,14 @@ class CellEngine:
         return _outgrown(snapshot, self.num_rows, self._config)
 
     def candidates(
-        self, queries: Float32[np.ndarray, "queries dim"], count: int, snapshot: Snapshot, allowed: Bool[np.ndarray, "rows"],
+        self,
+        queries: Float32[np.ndarray, "queries dim"],
+        count: int,
+        snapshot: Snapshot,
+        allowed: Bool[np.ndarray, "rows"],
         effort: int = 1,
     ) -> Int[np.ndarray, "queries found"]:
-        """See Engine; the faiss index itself is never changed by a request."""  # fmt: skip
+        """See Engine; the faiss index itself is never changed by a request."""
         faiss = _faiss()
         inside = allowed[: self.num_rows]
         probes = min(self._config.num_probes * effort, _cells(self._index).nlist)
@@ -149,7 +161,9 @@ class CellEngine:
         parameters = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(**options))
         depth = min(max(count * self._config.depth, 64), max(self.num_rows, 1))
         _, found = self._index.search(np.ascontiguousarray(queries), depth, params=parameters)
-        added = self._added.candidates(queries, min(count, max(snapshot.num_rows - self.num_rows, 1)), snapshot, allowed)
+        added = self._added.candidates(
+            queries, min(count, max(snapshot.num_rows - self.num_rows, 1)), snapshot, allowed
+        )
         return np.concatenate([found, added], 1)
 
 
@@ -162,7 +176,9 @@ def _build(store: Store, snapshot: Snapshot, settings: IndexConfig) -> tuple[Any
     codes = faiss.ProductQuantizer(dim, parts, settings.code_bits)
     codes.cp.min_points_per_centroid = 1
     rotation.pq = codes
-    cell_index = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, cells, parts, settings.code_bits, faiss.METRIC_INNER_PRODUCT)
+    cell_index = faiss.IndexIVFPQ(
+        faiss.IndexFlatIP(dim), dim, cells, parts, settings.code_bits, faiss.METRIC_INNER_PRODUCT
+    )
     cell_index.cp.min_points_per_centroid = cell_index.pq.cp.min_points_per_centroid = 1
     index = faiss.IndexPreTransform(rotation, cell_index)
     wanted = max(POINTS_PER_CENTROID * max(cells, 2**settings.code_bits), BLOCK_ROWS)

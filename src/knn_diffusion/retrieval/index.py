@@ -194,9 +194,7 @@ class _Search:
         return Neighbors(ids=ids, scores=scores, embeddings=embeddings, shortfall=shortfall)
 
 
-def cosines(
-    stored: Float[np.ndarray, "rows dim"], unit: Float32[np.ndarray, "dim"]
-) -> Float64[np.ndarray, "rows"]:
+def cosines(stored: Float[np.ndarray, "rows dim"], unit: Float32[np.ndarray, "dim"]) -> Float64[np.ndarray, "rows"]:
     """Cosine of each stored vector with a unit vector, in float64."""
     wide = stored.astype(np.float64)
     return wide @ unit.astype(np.float64) / np.linalg.norm(wide, axis=1)
@@ -208,6 +206,10 @@ def _check_request(
     if count == 0:
         raise StoreError(f"{name} holds no images: add some before searching")
     if not 1 <= k <= count:
-        raise UsageError(f"k must be between 1 and {count}, the number of images in {name}, got {k}: change k or add images")
+        raise UsageError(
+            f"k must be between 1 and {count}, the number of images in {name}, got {k}: change k or add images"
+        )
     if exclude_ids is not None and len(exclude_ids) != num_queries:
-        raise UsageError(f"exclude_ids needs one list for each of the {num_queries} queries, got {len(exclude_ids)}: add the rest")
+        raise UsageError(
+            f"exclude_ids needs one list for each of the {num_queries} queries, got {len(exclude_ids)}: add the rest"
+        )

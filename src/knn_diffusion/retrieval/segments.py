@@ -121,13 +121,17 @@ def unit_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -> 
     Raises: FingerprintError for another width than `dim`; UsageError for a vector that is zero or not finite.
     """
     if vectors.ndim != 2 or vectors.shape[1] != dim:
-        raise FingerprintError(f"{what}: expected vectors of {dim} numbers, got {vectors.shape[-1]}: use the index's encoder")
+        raise FingerprintError(
+            f"{what}: expected vectors of {dim} numbers, got {vectors.shape[-1]}: use the index's encoder"
+        )
     wide = vectors.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if len(bad):
         found = "zero" if norms[bad[0], 0] == 0 else "not finite"
-        raise UsageError(f"{what}: expected finite vectors other than zero, row {bad[0]} is {found}: encode that input again")
+        raise UsageError(
+            f"{what}: expected finite vectors other than zero, row {bad[0]} is {found}: encode that input again"
+        )
     return (wide / norms).astype(np.float32)
 
 

@@ -314,7 +314,9 @@ class Store:
             return [str(error)]
         if total != expected:
             listed.append(f"{DATABASE}: expected {expected} rows, found {total}")
-        return listed + [f"the preview of row {row} is damaged" for row, picture, crc in pictures if zlib.crc32(picture) != crc]
+        return listed + [
+            f"the preview of row {row} is damaged" for row, picture, crc in pictures if zlib.crc32(picture) != crc
+        ]
 
     def bytes_on_disk(self) -> int:
         """Size of all files of the store, in bytes; 0 in memory."""
@@ -329,7 +331,9 @@ class Store:
     def _read_identity(self) -> EncoderIdentity:
         version = self.setting("format_version")
         if version != str(FORMAT_VERSION):
-            raise StoreError(f"{self.name} has format {version}, this version reads {FORMAT_VERSION}: upgrade knn-diffusion")
+            raise StoreError(
+                f"{self.name} has format {version}, this version reads {FORMAT_VERSION}: upgrade knn-diffusion"
+            )
         try:
             return EncoderIdentity(**json.loads(self.setting("encoder") or ""))
         except (ValueError, TypeError) as error:
@@ -368,7 +372,10 @@ class Store:
     def _segment_problems(self, segment: Segment) -> Iterator[str]:
         yield from segment.file_problems()
         sql = "SELECT id, source, key, content, added_at FROM items WHERE row >= ? AND row < ? ORDER BY row"
-        if items_digest(self._query(sql, (segment.first_row, segment.first_row + segment.num_rows))) != segment.items_sha256:
+        if (
+            items_digest(self._query(sql, (segment.first_row, segment.first_row + segment.num_rows)))
+            != segment.items_sha256
+        ):
             yield f"{DATABASE}: the items of segment {segment.number} are not those that were added"
 
     @contextmanager
@@ -445,7 +452,10 @@ def _choose(database: sqlite3.Connection, items: Sequence[Item]) -> tuple[Bool[n
     contents: set[str] = set()
     live = "SELECT 1 FROM items WHERE deleted_at IS NULL AND "
     for place, item in enumerate(items):
-        if item.content in contents or database.execute(live + "content = ?", (bytes.fromhex(item.content),)).fetchone():
+        if (
+            item.content in contents
+            or database.execute(live + "content = ?", (bytes.fromhex(item.content),)).fetchone()
+        ):
             continue
         for id_ in [text(item.id)] if item.id else [item.content[:ID_LENGTH], item.content]:
             if id_ not in chosen and not database.execute(live + "id = ?", (id_,)).fetchone():
@@ -460,7 +470,9 @@ def _choose(database: sqlite3.Connection, items: Sequence[Item]) -> tuple[Bool[n
 
 def _make_new_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"expected a new folder for the index, {folder} exists: choose another or add to the index there")
+        raise UsageError(
+            f"expected a new folder for the index, {folder} exists: choose another or add to the index there"
+        )
     try:
         (folder / "segments").mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -25,6 +25,7 @@ from knn_diffusion.stickers.dataset import NamedGlyphs
 from knn_diffusion.training.data import Batch, Reporter, cached_array
 
 MAX_SHIFT = 4
+MORE_CAPTIONS = 768
 NO_FACT = -1
 SENTENCES_AT_ONCE = 64
 Fact = tuple[str, ...]
@@ -43,12 +44,14 @@ class CaptionedImages:
     facts: Int[np.ndarray, "items facts"]
     caption_facts: Int[np.ndarray, "items captions told"]
     may_mirror: Bool[np.ndarray, "items"]
+    more_captions: int = 0
+    """Captions of other pictures that come with a batch, to be told apart from its own."""
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def batch(self, indices: Int[Tensor, "batch"], generator: torch.Generator) -> Batch:
-        """`pixels`, the `sentences` of one caption of each, and `also_true` as `contrastive_loss` wants it.
+        """`pixels`, `sentences` and `also_true` as `contrastive_loss` wants them: one caption of each picture, then more.
 
         Pictures are shifted by up to four pixels, and mirrored half of the time where no caption says left or right.
         """
@@ -56,11 +59,13 @@ class CaptionedImages:
         chosen = torch.randint(self.caption_rows.shape[1], (len(rows),), generator=generator).numpy()
         mirrored = (torch.rand(len(rows), generator=generator) < 0.5).numpy() & self.may_mirror[rows]
         shifts = torch.randint(2 * MAX_SHIFT + 1, (len(rows), 2), generator=generator).numpy()
-        sentences = self.sentences[self.caption_rows[rows, chosen]].astype(np.float32)
+        others = torch.randint(self.caption_rows.size, (self.more_captions,), generator=generator).numpy()
+        other_rows, other_chosen = np.divmod(others, self.caption_rows.shape[1])
+        of, which = np.concatenate([rows, other_rows]), np.concatenate([chosen, other_chosen])
         return {
             "pixels": images.pixels_from_uint8(_moved(self.pixels[rows], shifts, mirrored)),
-            "sentences": torch.from_numpy(sentences),
-            "also_true": torch.from_numpy(holds(self.facts[rows], self.caption_facts[rows, chosen])),
+            "sentences": torch.from_numpy(self.sentences[self.caption_rows[of, which]].astype(np.float32)),
+            "also_true": torch.from_numpy(holds(self.facts[rows], self.caption_facts[of, which])),
         }
 
 
@@ -116,6 +121,7 @@ def sticker_pairs(
         facts=_table([_numbered([fact for fact, _ in scene_facts(scene)], numbers) for scene in scenes]),
         caption_facts=_table([row for each in told for row in each]).reshape(count, captions_each, -1),
         may_mirror=np.array([scene.relation not in ("left of", "right of") for scene in scenes]),
+        more_captions=MORE_CAPTIONS,
     )
 
 

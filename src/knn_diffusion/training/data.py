@@ -67,9 +67,7 @@ class PixelSet:
     digest: str
 
 
-def load_pixels(
-    sources: Sequence[str | Path], size: int, cache: Path, report: Reporter | None = None
-) -> PixelSet:
+def load_pixels(sources: Sequence[str | Path], size: int, cache: Path, report: Reporter | None = None) -> PixelSet:
     """Every readable image under `sources` as size × size pixels, decoded once and memory-mapped from `cache`.
 
     Images that cannot be read are left out and listed with their reasons in `skipped.json` beside the array.
@@ -102,7 +100,9 @@ def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report
             if report is not None:
                 report("decoding images", number + 1, len(found))
     if not ids:
-        raise UsageError(f"expected readable images, all {len(found)} failed (first: {skipped[0]['reason']}): check the files")
+        raise UsageError(
+            f"expected readable images, all {len(found)} failed (first: {skipped[0]['reason']}): check the files"
+        )
     write_json(folder / "skipped.json", skipped)
     write_json(folder / "done.json", {"ids": ids, "size": size, "sha256": file_digest(folder / "pixels.u8")})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from knn_diffusion.checkpoint import save_part
@@ -20,8 +21,8 @@ from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_lo
 from knn_diffusion.diffusion.process import Schedule, q_sample
 from knn_diffusion.diffusion.sampling import SamplerConfig, sample
 from knn_diffusion.errors import FingerprintError, UsageError
-from knn_diffusion.images import from_array, grid, uint8_from_pixels
 from knn_diffusion.image_index import ImageIndex
+from knn_diffusion.images import from_array, grid, uint8_from_pixels
 from knn_diffusion.model_folder import load_denoiser, load_tokenizer, resolve_model, write_pipeline_file
 from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
 from knn_diffusion.models.encoders import save_encoder
@@ -70,8 +71,18 @@ class DenoiserRun:
 
     def __post_init__(self) -> None:
         steps, codes = self.denoiser.num_steps, self.denoiser.vocab_size
-        require(self.schedule.num_steps == steps, "schedule.num_steps", self.schedule.num_steps, f"denoiser.num_steps, {steps}")
-        require(self.schedule.vocab_size == codes, "schedule.vocab_size", self.schedule.vocab_size, f"denoiser.vocab_size, {codes}")
+        require(
+            self.schedule.num_steps == steps,
+            "schedule.num_steps",
+            self.schedule.num_steps,
+            f"denoiser.num_steps, {steps}",
+        )
+        require(
+            self.schedule.vocab_size == codes,
+            "schedule.vocab_size",
+            self.schedule.vocab_size,
+            f"denoiser.vocab_size, {codes}",
+        )
 
 
 class DenoiserObjective:
@@ -98,7 +109,9 @@ class DenoiserObjective:
         n, probability = self.step_sampler.sample(len(x_0), generator)  # 8
         x_n = q_sample(self.run.schedule, x_0, n, generator)  # 9
         logits = self.denoiser(x_n, n, y)
-        parts = diffusion_loss(self.run.schedule, logits, x_0, x_n, n, probability, self.run.loss)  # 10-14
+        parts = diffusion_loss(  # 10-14
+            self.run.schedule, logits, x_0, x_n, step=n, probability=probability, config=self.run.loss
+        )
         self.step_sampler.update(n, parts.bound)
         # Over N, so that with uniform steps the number is Algorithm 1's; gradient clipping then means the same for every N.
         return {"loss": parts.total / self.run.schedule.num_steps, "x_0": parts.l_x0.mean()}
@@ -125,12 +138,16 @@ class DenoiserObjective:
             x_n = q_sample(self.run.schedule, batch["tokens"], n, generator)
             logits = network(x_n, n, y)
             uniform = torch.full((len(part),), 1 / self.run.schedule.num_steps, dtype=torch.float64, device=device)
-            parts = diffusion_loss(self.run.schedule, logits, batch["tokens"], x_n, n, uniform, self.run.loss)
-            losses.append(torch.stack([parts.bound.mean() * self.run.schedule.num_steps, parts.l_x0.mean()]) * len(part))
+            parts = diffusion_loss(
+                self.run.schedule, logits, batch["tokens"], x_n, step=n, probability=uniform, config=self.run.loss
+            )
+            losses.append(
+                torch.stack([parts.bound.mean() * self.run.schedule.num_steps, parts.l_x0.mean()]) * len(part)
+            )
         bound, x_0 = (torch.stack(losses).sum(0) / len(items)).tolist()
         return Validation(metrics={"bound": bound, "x_0": x_0}, preview=self._preview(network, device))
 
-    def _preview(self, network: nn.Module, device: torch.device) -> object:
+    def _preview(self, network: nn.Module, device: torch.device) -> Image.Image:
         """Top row: images that training never saw, as the tokenizer gives them back; below: drawn from their neighbors."""
         count = min(PREVIEWS, len(self.validation))
         batch = self.validation.batch(torch.arange(count), torch.Generator())
@@ -160,7 +177,9 @@ class DenoiserObjective:
                 f"{folder} was trained with the encoder {str(facts.get('encoder'))[:24]}, the index with "
                 f"{self.encoder_fingerprint[:24]}: build the index with that model's encoder"
             )
-        require(trained.config == self.run.denoiser, "denoiser", self.run.denoiser, f"that of {folder}, {trained.config}")
+        require(
+            trained.config == self.run.denoiser, "denoiser", self.run.denoiser, f"that of {folder}, {trained.config}"
+        )
         require(schedule == self.run.schedule, "schedule", self.run.schedule, f"that of {folder}, {schedule}")
         self.denoiser.load_state_dict(trained.state_dict())
 
@@ -174,11 +193,20 @@ class DenoiserObjective:
     def export(self, network: nn.Module, folder: Path, facts: Mapping[str, object]) -> None:
         """Write the denoiser in half precision with its schedule and its encoder's fingerprint, and the model around it."""
         weights = {name: value.half() for name, value in network.state_dict().items()}
-        extra = {"encoder": self.encoder_fingerprint, "schedule": to_dict(self.run.schedule), "run": to_dict(self.run), **facts}
+        extra = {
+            "encoder": self.encoder_fingerprint,
+            "schedule": to_dict(self.run.schedule),
+            "run": to_dict(self.run),
+            **facts,
+        }
         save_part(folder / "denoiser", kind="denoiser", config=self.run.denoiser, weights=weights, extra=extra)
         sampler = SamplerConfig(num_steps=min(16, self.run.schedule.num_steps), order="halton", guidance_scale=3.0)
         write_pipeline_file(
-            folder, name=folder.absolute().parent.name, sampler=sampler, k=max(1, self.run.conditioning.k), facts=dict(facts)
+            folder,
+            name=folder.absolute().parent.name,
+            sampler=sampler,
+            k=max(1, self.run.conditioning.k),
+            facts=dict(facts),
         )
 
 

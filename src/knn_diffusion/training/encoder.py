@@ -30,6 +30,7 @@ from knn_diffusion.models.small_encoder import (
     SmallEncoderConfig,
     contrastive_loss,
     looks_loss,
+    meaning_loss,
 )  # fmt: skip
 from knn_diffusion.models.text_tower import SentenceEncoder, open_text_tower
 from knn_diffusion.randomness import derive_seed
@@ -49,6 +50,8 @@ PREVIEW_WORDS = 8
 class EncoderLossConfig:
     """What the encoder is pulled towards."""
 
+    meaning_weight: float = 0.0
+    """Weight of lying where the caption lies, beside the contrastive loss; finds words that no caption used."""
     looks_weight: float = 4.0
     """Weight of redrawing the thumbnail beside the contrastive loss; 0 forgets what pictures look like."""
     thumbnail: int = 32
@@ -61,8 +64,8 @@ class EncoderLossConfig:
     """The inverse temperature never rises above."""
 
     def __post_init__(self) -> None:
-        require(self.looks_weight >= 0, "looks_weight", self.looks_weight, "at least 0")
-        require(self.sentence_noise >= 0, "sentence_noise", self.sentence_noise, "at least 0")
+        for name in ("meaning_weight", "looks_weight", "sentence_noise"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(0 < self.first_scale <= self.max_scale, "first_scale", self.first_scale, "in (0, max_scale]")
 
 
@@ -172,14 +175,18 @@ class EncoderObjective:
         scale = self.temperature()
         with torch.autocast(pictures.device.type, enabled=False):
             contrast = contrastive_loss(pictures, texts, scale, batch["also_true"])
+            meaning = meaning_loss(pictures, texts[: len(pictures)])
         thumbnail = F.avg_pool2d(batch["pixels"], batch["pixels"].shape[-1] // self.losses.thumbnail)
         looks = looks_loss(self.painter(pictures), thumbnail)
         return {
-            "loss": contrast + self.losses.looks_weight * looks,
+            "loss": contrast + self.losses.meaning_weight * meaning + self.losses.looks_weight * looks,
             "contrast": contrast,
+            "meaning": meaning,
             "looks": looks,
             "scale": scale,
-            "right": ((pictures @ texts.T).argmax(1) == torch.arange(len(texts), device=texts.device)).float().mean(),
+            "right": ((pictures @ texts.T).argmax(1) == torch.arange(len(pictures), device=texts.device))
+            .float()
+            .mean(),
         }
 
     def validate(self, network: nn.Module, step: int, generator: torch.Generator) -> Validation:

@@ -28,6 +28,7 @@ from knn_diffusion.randomness import generator_for
 from knn_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from knn_diffusion.training.data import Batch, Dataset
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
 Log = Callable[[Mapping[str, float | int], Image.Image | None], None]
 """Writes down one line of figures, and a picture if there is one."""
 
@@ -230,11 +231,11 @@ def _optimizer(phase: Phase, config: TrainingConfig) -> torch.optim.Optimizer:
     )
 
 
-def _ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def _ema(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """Moving average whose decay grows as (1 + n) / (10 + n) up to `decay`, so that early steps are forgotten."""
 
     @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         n = int(count)
         weight = 1 - min(decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(averaged, current, weight)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class DenoiserData:
     table       [rows, dim] embeddings of the index
     """
 
-    tokens: Int[np.ndarray, "items seq"]
+    tokens: Integer[np.ndarray, "items seq"]
     queries: Float[np.ndarray, "items dim"]
     neighbors: Int[np.ndarray, "items k"]
     table: Float[np.ndarray, "rows dim"]
@@ -72,7 +72,9 @@ def prepare(
     Raises: UsageError when the index is too small to give any image k neighbors besides itself.
     """
     if k and len(index) < k + 1:
-        raise UsageError(f"expected an index of more than {k} images, got {len(index)}: add images or train with a smaller k")
+        raise UsageError(
+            f"expected an index of more than {k} images, got {len(index)}: add images or train with a smaller k"
+        )
     encoder = index.encoder
     tokens = cached_array(
         cache, "tokens", {"pixels": pixels.digest, "tokenizer": weights_digest(tokenizer.state_dict())},
@@ -91,7 +93,7 @@ def prepare(
 
 def encode_tokens(
     array: UInt8[np.ndarray, "items height width 3"], tokenizer: VQGAN, progress: Reporter | None = None
-) -> Int[np.ndarray, "items seq"]:
+) -> Integer[np.ndarray, "items seq"]:
     """The codes of every image, in the smallest integer type that holds them."""
     kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     device = next(tokenizer.parameters()).device
@@ -116,7 +118,11 @@ def encode_images(
 
 
 def find_neighbors(
-    queries: Float[np.ndarray, "items dim"], ids: Sequence[str], index: ImageIndex, k: int, progress: Reporter | None = None
+    queries: Float[np.ndarray, "items dim"],
+    ids: Sequence[str],
+    index: ImageIndex,
+    k: int,
+    progress: Reporter | None = None,
 ) -> Int[np.ndarray, "items k"]:
     """Rows of the K nearest images of every image, itself and its near-duplicates left out (Eq. 4, A.4)."""
     table = np.full((len(queries), k), ABSENT, np.int32)

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The bundled model from nothing, with one command:
+#
+#     recipes/stickers.sh cpu [MINUTES]     two cores, about two hours
+#     recipes/stickers.sh gpu [MINUTES]     one GPU
+#
+# Every training stage stops after MINUTES (default: never) and goes on when the same command is run again, so the recipe
+# runs in slices. It needs the emoji font (fonts-noto-color-emoji) and no network. Everything lands in recipes/runs/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+hardware=${1:?say cpu or gpu}
+slice=${2:+--max-minutes $2}
+runs=recipes/runs/$hardware
+python=${PYTHON:-.venv/bin/python}
+knn="$python -m knn_diffusion"
+preset=stickers-$hardware
+scenes=$([ "$hardware" = gpu ] && echo 120000 || echo 40000)
+mkdir -p "$runs"
+
+# 1. Pictures: random scenes to learn from, and one-object pictures for the bundled index. Held-out concepts are in neither.
+$knn dataset stickers "$runs/scenes" --count "$scenes" --seed 1 --split train
+[ -d "$runs/pictures" ] || $python recipes/sticker_pictures.py "$runs/pictures"
+
+# 2. The joint encoder plays CLIP's part: it reads captions and knows every concept. The generator sees neither.
+$knn train encoder --preset "$preset" --output "$runs/encoder" --resume $slice
+
+# 3. Tokenizer, index and denoiser learn from pixels only.
+$knn train tokenizer --preset "$preset" --images "$runs/scenes" --output "$runs/tokenizer" --resume $slice
+[ -d "$runs/index" ] || $knn index build "$runs/scenes" --encoder "$runs/encoder/model" --output "$runs/index"
+$knn train denoiser --preset "$preset" --images "$runs/scenes" --index "$runs/index" \
+    --tokenizer "$runs/tokenizer/model" --output "$runs/denoiser" --resume $slice
+
+# 4. The bundle: the model with the small index of one-object pictures inside.
+$python recipes/bundle.py "$runs" src/knn_diffusion/bundles/stickers

@@ -147,6 +147,8 @@ def test_closing_leaves_no_journal(tmp_path: Path) -> None:
     with filled(tmp_path / "index", range(3)) as store:
         store.remove([content(0)[:16]])
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["segments", "store.sqlite"]
+    rollback_journal = b"\1\1"  # of SQLite's file format: such a file opens where nothing can be written
+    assert (tmp_path / "index" / "store.sqlite").read_bytes()[18:20] == rollback_journal
 
 
 def test_a_sealed_copy_is_read_only_and_gets_no_files_beside_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ runs=recipes/runs/$hardware
 python=${PYTHON:-.venv/bin/python}
 knn="$python -m knn_diffusion"
 preset=stickers-$hardware
-scenes=$([ "$hardware" = gpu ] && echo 120000 || echo 40000)
+scenes=$([ "$hardware" = gpu ] && echo 90000 || echo 40000)
 mkdir -p "$runs"
 
 # 1. Pictures: random scenes to learn from, and one-object pictures for the bundled index. Held-out concepts are in neither.

@@ -481,3 +481,14 @@ def test_ids_are_digests_of_size_and_pixels() -> None:
     image = Image.new("RGB", (2, 1), (1, 2, 3))
     assert content_digest(image) == hashlib.sha256(b"2x1;" + bytes([1, 2, 3, 1, 2, 3])).hexdigest()
     assert content_digest(image) != content_digest(image.resize((1, 2)))
+
+
+def test_changes_to_an_overlay_leave_the_index_and_its_folder_alone(photos: Path, tmp_path: Path) -> None:
+    with ImageIndex.build(photos, tmp_path / "index", ENCODER) as index:
+        over = index.overlay()
+        over.remove(over.ids[:1])
+        assert (len(over), len(index)) == (len(index) - 1, len(index))
+        with ImageIndex.open(tmp_path / "index", ENCODER) as again:
+            assert again.ids == index.ids
+    with pytest.raises(StoreError, match="this one is in memory: save it first"):
+        ImageIndex.build(photos, None, ENCODER).overlay()

@@ -16,6 +16,7 @@ from knn_diffusion import stickers
 from knn_diffusion.errors import CheckpointError, ConfigError, UsageError
 from knn_diffusion.evaluation import examiner as examining
 from knn_diffusion.evaluation import protocols
+from knn_diffusion.images import SourceImage
 from knn_diffusion.models.judge import Judge, JudgeConfig, Verdict
 from knn_diffusion.shapes import Neighbors
 from knn_diffusion.stickers.drawing import shade
@@ -64,9 +65,9 @@ class FakeIndex:
     def __len__(self) -> int:
         return len(self.items)
 
-    def add(self, pictures: dict[str, Image.Image]) -> None:
-        for source, picture in pictures.items():
-            self.items[str(len(self.items))] = (source, picture)
+    def add(self, pictures: list[SourceImage]) -> None:
+        for picture in pictures:
+            self.items[str(len(self.items))] = (picture.source, picture.load())
 
     def overlay(self) -> FakeIndex:
         return FakeIndex(dict(self.items))
@@ -141,7 +142,7 @@ def examiner(glyphs: stickers.FolderGlyphs) -> protocols.Examiner:
     made = protocols.Examiner(pipe=FakePipe(index), judge=judge.eval(), config=config, glyphs=glyphs)
     for concept in stickers.of_split(known, "train"):
         scenes = [stickers.one_object_scene(concept, colour, 5) for colour in ("red", "blue", "black")]
-        index.add({f"index/{concept.name}-{i}.png": p for i, p in enumerate(made.render(scenes))})
+        index.add([SourceImage(f"index/{concept.name}-{i}.png", "", p.copy) for i, p in enumerate(made.render(scenes))])
     return made
 
 

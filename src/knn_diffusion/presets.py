@@ -20,7 +20,7 @@ ENCODERS: dict[str, EncoderRun] = {
     # The bundled encoder where no GPU is at hand: 1,600 steps of 256 pictures at 0.7 s on one core, 19 minutes.
     "stickers-cpu": EncoderRun(training=small_training(1600)),
     # The bundled encoder on one GPU, and more scenes to learn from.
-    "stickers-gpu": EncoderRun(training=small_training(12_000), scenes=120_000),
+    "stickers-gpu": EncoderRun(training=small_training(6000), scenes=90_000),
 }
 
 TOKENIZERS: dict[str, TokenizerRun] = {
@@ -43,7 +43,7 @@ TOKENIZERS: dict[str, TokenizerRun] = {
     "stickers-gpu": TokenizerRun(
         tokenizer=TokenizerConfig(channels=128, decoder_blocks=3, codebook_decay=0.97, restart_share=0.3),
         training=TrainingConfig(
-            num_steps=20_000,
+            num_steps=10_000,
             batch_size=128,
             learning_rate=8e-4,
             final_learning_rate=2e-5,
@@ -55,7 +55,7 @@ TOKENIZERS: dict[str, TokenizerRun] = {
             checkpoint_every=1000,
             log_every=50,
         ),
-        loss=TokenizerLossConfig(discriminator_start=8000, adversarial_start=10_000),
+        loss=TokenizerLossConfig(discriminator_start=4000, adversarial_start=5000),
     ),
     # The size of the paper's tokenizer (A.1), for photographs of 256 pixels; many GPU hours.
     "paper-photo": TokenizerRun(
@@ -96,7 +96,7 @@ DENOISERS: dict[str, DenoiserRun] = {
     "stickers-gpu": _denoiser(
         DenoiserConfig(vocab_size=1024, grid=16, width=384, depth=10, heads=6, condition_dim=256, num_steps=100),
         TrainingConfig(
-            num_steps=40_000,
+            num_steps=24_000,
             batch_size=256,
             learning_rate=6e-4,
             final_learning_rate=2e-5,

@@ -176,7 +176,7 @@ def nearest_sources(pipe: Pipe, text: str, k: int) -> list[str]:
 def extended(index: Any, pictures: dict[str, Image.Image]) -> Any:
     """A copy of the index in memory with pictures added under their sources; the index itself stays as it is."""
     copy = index.overlay()
-    copy.add(pictures)
+    copy.add([images.SourceImage(source, source, picture.copy) for source, picture in pictures.items()])
     return copy
 
 

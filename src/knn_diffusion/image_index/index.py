@@ -176,6 +176,15 @@ class ImageIndex:
         with atomic_folder(target) as temporary:
             self._store.copy_to(temporary, sealed=sealed)
 
+    def overlay(self) -> ImageIndex:
+        """The images of this index's folder in one that changes in memory only; this one stays as it is.
+
+        Raises: StoreError for an index that was never in a folder.
+        """
+        if self._store.folder is None:
+            raise StoreError("expected an index in a folder to lay changes over, this one is in memory: save it first")
+        return ImageIndex.open(self._store.folder, self._encoder or self._encoder_place, read_only=True)
+
     def close(self) -> None:
         """Leave no journal beside the database; the index cannot be used afterwards."""
         self._store.close()

@@ -17,6 +17,7 @@ from knn_diffusion import stickers
 from knn_diffusion.checkpoint import atomic_folder
 from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.image_index import ImageIndex
+from knn_diffusion.images import SourceImage, find_images
 from knn_diffusion.model_folder import read_pipeline_file, write_pipeline_file
 from knn_diffusion.models.encoders import load_encoder
 
@@ -35,6 +36,8 @@ def main() -> None:
     parser.add_argument("--hardware", default="", help="what it was trained on, in words")
     parser.add_argument("--report", type=Path, help="report.json of knn-diffusion evaluate, for the card's scores")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="λ chosen on validation prompts")
+    parser.add_argument("--k", type=int, default=10, help="neighbors, chosen likewise")
+    parser.add_argument("--query-weight", type=float, default=1.0, help="share of the text in the query slot, likewise")
     options = parser.parse_args()
     with atomic_folder(options.bundle) as folder:
         for part in ("encoder", "tokenizer", "denoiser"):
@@ -44,7 +47,8 @@ def main() -> None:
             folder,
             name="stickers",
             sampler=SamplerConfig(num_steps=16, order="halton", guidance_scale=options.guidance_scale),
-            k=10,
+            k=options.k,
+            query_weight=options.query_weight,
             facts=facts(options),
         )
     print(f"{options.bundle}: {sum(f.stat().st_size for f in options.bundle.rglob('*')) / 2**20:.1f} MiB")
@@ -54,8 +58,9 @@ def main() -> None:
 def add_index(pictures: Path, folder: Path) -> None:
     """Index the one-object pictures; each one's source is its file name, which says what it shows."""
     encoder = load_encoder(folder / "encoder")
+    found = [SourceImage(image.key, image.key, image.load) for image in find_images([pictures])]
     with tempfile.TemporaryDirectory() as scratch:
-        index = ImageIndex.build([pictures], Path(scratch) / "index", encoder)
+        index = ImageIndex.build(found, Path(scratch) / "index", encoder)
         index.save(folder / "index", sealed=True)
 
 

@@ -46,6 +46,7 @@ class PipelineFile:
     parts     digest of each part's weights, so that a part of another model is noticed
     sampler   how the model draws when a request does not say otherwise
     k         neighbors retrieved for each prompt, at least 1
+    query_weight  share of the text's own embedding in the query slot, beside the neighbors' mean; 1 is the paper's
     facts     what the training run wrote down: data, recipe, commit, hardware, scores; shown on the model card
     """
 
@@ -53,11 +54,13 @@ class PipelineFile:
     parts: dict[str, str]
     sampler: SamplerConfig
     k: int = 10
+    query_weight: float = 1.0
     facts: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         require(self.k >= 1, "k", self.k, "at least 1")
+        require(0 <= self.query_weight <= 1, "query_weight", self.query_weight, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +74,7 @@ class Model:
     schedule: Schedule
     sampler: SamplerConfig
     k: int = 10
+    query_weight: float = 1.0
     facts: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     """Where the parts were read from; None for parts that were never saved."""
@@ -129,6 +133,7 @@ def load_model(name_or_folder: str | Path) -> Model:
         schedule=schedule,
         sampler=file.sampler,
         k=file.k,
+        query_weight=file.query_weight,
         facts=file.facts,
         folder=folder,
     )
@@ -211,15 +216,28 @@ def save_model(model: Model, folder: Path) -> None:
         facts = {"encoder": model.encoder.fingerprint, "schedule": to_dict(model.schedule)}
         weights = model.denoiser.state_dict()
         save_part(folder / "denoiser", kind="denoiser", config=model.denoiser.config, weights=weights, extra=facts)
-    write_pipeline_file(folder, name=model.name, sampler=model.sampler, k=model.k, facts=model.facts)
+    write_pipeline_file(
+        folder,
+        name=model.name,
+        sampler=model.sampler,
+        k=model.k,
+        query_weight=model.query_weight,
+        facts=model.facts,
+    )
 
 
 def write_pipeline_file(
-    folder: Path, *, name: str, sampler: SamplerConfig, k: int = 10, facts: dict[str, Any] | None = None
+    folder: Path,
+    *,
+    name: str,
+    sampler: SamplerConfig,
+    k: int = 10,
+    query_weight: float = 1.0,
+    facts: dict[str, Any] | None = None,
 ) -> PipelineFile:
     """Make a model of the parts that lie in `folder`: write `pipeline.json` with their digests, and the card."""
     digests = {part: _digest(folder / part) for part in PARTS}
-    file = PipelineFile(name=name, parts=digests, sampler=sampler, k=k, facts=facts or {})
+    file = PipelineFile(name=name, parts=digests, sampler=sampler, k=k, query_weight=query_weight, facts=facts or {})
     write_json(folder / PIPELINE_FILE, to_dict(file))
     atomic_write_bytes(folder / "README.md", model_card(file).encode())
     return file

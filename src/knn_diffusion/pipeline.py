@@ -137,7 +137,9 @@ class KnnDiffusion:
         Returns: one Output for one prompt, a list of them for a list.
         Raises: UsageError for a prompt or option that cannot be carried out.
         """
-        request = check_request(settings, sampler=self.model.sampler, k=self.model.k)
+        request = check_request(
+            settings, sampler=self.model.sampler, k=self.model.k, query_weight=self.model.query_weight
+        )
         if not isinstance(prompt, list | tuple):
             return self.generate(check_prompt(prompt), request)
         prompts = [check_prompt(one) for one in prompt]
@@ -164,7 +166,9 @@ class KnnDiffusion:
         Raises: UsageError for a prompt or option that cannot be carried out.
         """
         started = time.monotonic()
-        request = check_request(settings, sampler=self.model.sampler, k=self.model.k)
+        request = check_request(
+            settings, sampler=self.model.sampler, k=self.model.k, query_weight=self.model.query_weight
+        )
         if not 0 <= strength <= 1:
             raise UsageError(f"expected strength from 0 to 1, got {strength}: 0 leaves the image, 1 starts anew")
         reference = square(open_image(image), self.image_size)

@@ -143,7 +143,7 @@ def check_prompt(prompt: object) -> str:
     return text
 
 
-def check_request(settings: Settings, *, sampler: SamplerConfig, k: int) -> Request:
+def check_request(settings: Settings, *, sampler: SamplerConfig, k: int, query_weight: float = 1.0) -> Request:
     """Fill in the model's defaults and check every value.
 
     Raises: UsageError naming the option, its rule and what came; TypeError for an option that does not exist.
@@ -152,7 +152,7 @@ def check_request(settings: Settings, *, sampler: SamplerConfig, k: int) -> Requ
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(Settings.__annotations__)}")
     given = {name: value for name, value in settings.items() if value is not None}
-    weight = _number(given.get("query_weight", 1.0), "query_weight")
+    weight = _number(given.get("query_weight", query_weight), "query_weight")
     if not 0 <= weight <= 1:
         raise UsageError(f"expected query_weight from 0 to 1, got {weight:g}: 1 is the paper's")
     excluded = given.get("exclude_ids", ())

@@ -284,9 +284,10 @@ def save_encoder(encoder: JointEncoder, folder: Path) -> None:
 def save_small_encoder(
     folder: Path, network: SmallEncoder, sentences: SentenceEncoder, facts: Mapping[str, Any]
 ) -> None:
-    """Write image tower and text head into `folder`, the frozen text tower into its own folder below."""
+    """Write image tower and text head into `folder` in half precision, the frozen text tower into its own folder below."""
+    weights = {name: value.half() for name, value in network.state_dict().items()}
     with atomic_folder(folder) as temporary:
-        save_part(temporary, kind=KIND, config=network.config, weights=network.state_dict(), extra=facts)
+        save_part(temporary, kind=KIND, config=network.config, weights=weights, extra=facts)
         save_text_tower(temporary / TEXT_FOLDER, sentences)
 
 

@@ -80,7 +80,7 @@ DENOISERS: dict[str, DenoiserRun] = {
             vocab_size=1024, grid=16, width=256, depth=6, heads=4, condition_dim=256, num_steps=100, patch_size=2
         ),
         TrainingConfig(
-            num_steps=3200,
+            num_steps=2700,
             batch_size=32,
             learning_rate=1e-3,
             final_learning_rate=5e-5,

@@ -13,7 +13,7 @@ from torch import nn
 from knn_diffusion import checkpoint
 from knn_diffusion.checkpoint import apply_weights, atomic_write_bytes, load_part, save_part, weights_digest
 from knn_diffusion.config import config
-from knn_diffusion.errors import CheckpointError, ConfigError, KnnDiffusionError
+from knn_diffusion.errors import CheckpointError, KnnDiffusionError
 
 
 @config
@@ -60,7 +60,24 @@ def test_an_unknown_key_in_a_configuration_is_an_error(tmp_path: Path) -> None:
     save(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"width": 3', '"width": 3, "wdth": 4'))
-    with pytest.raises(ConfigError, match="wdth"):
+    with pytest.raises(CheckpointError, match="wdth: .* use the version that wrote it"):
+        load_part(tmp_path, kind="toy", config_class=Small)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"kind": "toy", "format_version": 1}',
+        b'{"kind": "toy", "format_version": 1, "config": {"width": 3}}',
+    ],
+)
+def test_a_damaged_description_is_a_damaged_part(tmp_path: Path, content: bytes) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError):
         load_part(tmp_path, kind="toy", config_class=Small)
 
 

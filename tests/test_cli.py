@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from PIL import Image
 from tiny_world import SIZE, build_model, draw_pictures, same_pixels
 
 from knn_diffusion import ImageIndex, KnnDiffusion
-from knn_diffusion.cli import main, spread_values
+from knn_diffusion.cli import app, main, spread_values
 from knn_diffusion.cli.configuration import chosen_run, merged, parse_changes
 from knn_diffusion.cli.draw import slug
+from knn_diffusion.cli.terminal import answer
 from knn_diffusion.doctor import within
 from knn_diffusion.errors import UsageError
 from knn_diffusion.images import open_image, read_settings, square
@@ -157,6 +161,10 @@ def test_edit_writes_images_and_strength_0_keeps_the_pixels(
         (["edit", "no-such.png", "a cat"], 1, "no-such.png"),
         (["edit", "no-such.png", "a cat", "--strength", "2"], 1, "no-such.png"),
         (["paint"], 2, "paint"),
+        (["dataset"], 2, "Missing command"),
+        (["index"], 2, "Missing command"),
+        (["train", "tokenizer", "--preset", "stickers-cpu", "--output", "run"], 2, "add --images"),
+        (["train", "denoiser", "--init", "stickers", "--index", "i", "--output", "run"], 2, "add --images"),
         (["generate", "a cat", "--colour"], 2, "--colour"),
     ],
 )
@@ -251,6 +259,16 @@ def test_index_failures(run: Any, index: Path, model: Path, pictures: Path, tmp_
     fails(run("index", "remove", index, "no-such-id"), 2, "no-such-id")
 
 
+def test_a_read_only_index_is_not_changed(run: Any, index: Path, pictures: Path, tmp_path: Path) -> None:
+    with ImageIndex.open(index) as opened:
+        opened.save(tmp_path / "sealed", sealed=True)
+        first = opened.ids[0]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sealed").rglob("*")}
+    for change in (["add", tmp_path / "sealed", pictures], ["remove", tmp_path / "sealed", first]):
+        fails(run("index", *change), 1, "read-only: build one of your own")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "sealed").rglob("*")} == before
+
+
 def test_building_from_nothing_readable_fails(run: Any, model: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     ran = run("index", "build", tmp_path / "broken.png", "--output", tmp_path / "new", "--encoder", model / "encoder")
@@ -285,6 +303,7 @@ def test_images_may_follow_one_option() -> None:
     spread = spread_values(["train", "tokenizer", "--images", "a", "b", "--output", "o", "--images", "c"])
     assert spread == ["train", "tokenizer", "--images", "a", "--images", "b", "--output", "o", "--images", "c"]
     assert spread_values(["generate", "a", "b"]) == ["generate", "a", "b"]
+    assert spread_values(["--images=a", "b", "-k", "3"]) == ["--images=a", "--images", "b", "-k", "3"]
 
 
 def test_single_values_are_changed_by_name() -> None:
@@ -297,6 +316,17 @@ def test_single_values_are_changed_by_name() -> None:
     }
     with pytest.raises(UsageError, match="expected --set name=value"):
         parse_changes(["training"])
+
+
+def test_an_answer_can_be_printed_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"prompt": "een ♥", "source": os.fsdecode(b"caf\xe9.png")}
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        for as_json in (True, False):
+            written = io.BytesIO()
+            monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+            answer(result, as_json, lambda: iter(result.values()))
+            sys.stdout.flush()
+            assert not as_json or json.loads(written.getvalue()) == result
 
 
 def test_a_training_configuration_must_be_named_once() -> None:
@@ -337,19 +367,21 @@ def test_help_answers_at_once() -> None:
     assert seconds < 1.5
 
 
-def test_every_command_explains_itself(run: Any) -> None:
-    for command in (
-        ["generate"],
-        ["edit"],
-        ["index"],
-        ["index", "build"],
-        ["train", "denoiser"],
-        ["evaluate"],
-        ["doctor"],
-    ):
+def leaves(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from leaves(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def test_every_command_explains_itself_with_an_example_and_knows_json(run: Any) -> None:
+    commands = list(leaves(typer.main.get_command(app)))
+    assert {("generate",), ("index", "build"), ("train", "denoiser"), ("doctor",)} <= set(commands)
+    for command in commands:
         ran = run(*command, "--help")
         assert ran.code == 0
-        assert "Usage" in ran.out
+        assert {"Usage:", "Example:", "--json"} <= set(ran.out.split()), command
 
 
 def test_the_bundled_names_are_exported() -> None:

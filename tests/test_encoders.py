@@ -32,7 +32,6 @@ from knn_diffusion.models.small_encoder import (
     SmallEncoderConfig,
     contrastive_loss,
     looks_loss,
-    meaning_loss,
 )
 
 TEXTS = ["a red dog", "the blue heart", "apple"]
@@ -229,48 +228,6 @@ def test_each_caption_finds_its_image_when_vectors_agree_and_also_true_pairs_are
     both[0, 1] = both[1, 0] = both[0, 0] = True
     assert contrastive_loss(twins, twins, scale, nothing) > 0.4
     assert contrastive_loss(twins, twins, scale, both) < 1e-6
-
-
-def test_more_captions_make_the_right_one_harder_to_find() -> None:
-    images, scale = torch.eye(3), torch.tensor(10.0)
-    alone = contrastive_loss(images, images, scale, torch.zeros(3, 3, dtype=torch.bool))
-    more = torch.cat([images, images[:2]])
-    assert contrastive_loss(images, more, scale, torch.zeros(3, 5, dtype=torch.bool)) > alone + 0.1
-    also_true = torch.zeros(3, 5, dtype=torch.bool)
-    also_true[0, 3] = also_true[1, 4] = True
-    left_out = contrastive_loss(images, more, scale, also_true)
-    assert left_out - alone < 1e-3
-
-
-def test_meaning_loss_sees_the_meaning_dimensions_only() -> None:
-    text = torch.tensor([[1.0, 0.0, 0.0]])
-    assert meaning_loss(torch.tensor([[0.6, 0.0, 0.8]]), text, 2).abs() < 1e-6
-    assert meaning_loss(torch.tensor([[0.0, 0.6, 0.8]]), text, 2) == 1
-
-
-def test_every_image_has_the_same_share_of_meaning_and_texts_have_nothing_else() -> None:
-    encoder = tiny_encoder()
-    cfg = encoder.network.config
-    assert cfg.meaning_dim < cfg.dim
-    meaning = encoder.encode_images(some_images(5))[:, : cfg.meaning_dim]
-    np.testing.assert_allclose(np.square(meaning).sum(1), cfg.meaning_share, rtol=1e-5)
-    assert (encoder.encode_texts(TEXTS)[:, cfg.meaning_dim :] == 0).all()
-
-
-def test_the_fitted_text_head_centers_and_half_whitens_its_anchors() -> None:
-    cfg = SmallEncoderConfig(size=16, dim=4, text_width=6, widths=(8,), blocks=(0,))
-    anchors = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9, 7, 5, 3, 0.2, 0.1]) + 3
-    network = SmallEncoder(cfg)
-    network.fit_text_head(anchors)
-    mapped = network.text_head(anchors)
-    assert mapped.mean(0).abs().max() < 1e-3
-    spread = torch.cov(mapped.T)
-    torch.testing.assert_close(spread, torch.diag(spread.diagonal()), atol=1e-2, rtol=0)
-    torch.testing.assert_close(spread.diagonal(), torch.tensor([9.0, 7, 5, 3]), rtol=0.1, atol=0)
-
-
-def test_the_text_head_is_locked() -> None:
-    assert not any(parameter.requires_grad for parameter in SmallEncoder(SmallEncoderConfig()).text_head.parameters())
 
 
 def test_looks_loss_is_zero_only_for_the_thumbnail_itself_and_dislikes_lost_edges() -> None:

@@ -117,6 +117,8 @@ def test_a_second_run_never_overwrites_the_first(tmp_path: Path) -> None:
     train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
     with pytest.raises(UsageError, match="already holds a run .* add --resume"):
         train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    with pytest.raises(UsageError, match="expected a folder for --output, .* is a file"):
+        train(Line(), Points(), settings(), tmp_path / "metrics.jsonl", device="cpu")
 
 
 def test_resuming_with_another_batch_size_is_refused_and_a_longer_run_is_not(tmp_path: Path) -> None:
@@ -145,6 +147,7 @@ def damage(path: Path) -> None:
 
 
 def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".writing-killed").mkdir(parents=True)
     train(Line(), Points(), settings(), tmp_path, device="cpu")
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
 
@@ -172,6 +175,27 @@ def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
     assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
 
 
+def test_without_warm_up_the_first_step_is_already_at_the_peak(tmp_path: Path) -> None:
+    c = settings(num_steps=4, warmup_steps=0, learning_rate=1.0)
+    assert learning_rate(c, 0) == 1.0
+    assert 0.8 < learning_rate(c, 1) < 1.0
+    assert train(Line(), Points(), settings(num_steps=1, warmup_steps=0), tmp_path, device="cpu").finished
+
+
+def test_moment_decays_outside_0_to_1_are_refused() -> None:
+    with pytest.raises(ConfigError, match="betas must be two numbers in"):
+        settings(betas=(0.9, 1.0))
+
+
+def test_a_log_line_cut_short_by_a_crash_does_not_stop_the_resume(tmp_path: Path) -> None:
+    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 3, "minu')
+    assert train(Line(), Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu").step == 3
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2, 3, 3]  # a validation is a line of its own
+
+
 def test_the_toy_is_learned(tmp_path: Path) -> None:
     line = Line()
     train(
@@ -184,7 +208,17 @@ def test_the_toy_is_learned(tmp_path: Path) -> None:
     assert torch.allclose(line.network.weight[0], Points.truth, atol=0.3)
 
 
-@pytest.mark.parametrize(("field", "value"), [("num_steps", 0), ("ema_decay", 1.0), ("learning_rate", 0.0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_steps", 0),
+        ("ema_decay", 1.0),
+        ("learning_rate", 0.0),
+        ("warmup_steps", -1),
+        ("final_learning_rate", -0.1),
+        ("weight_decay", -0.1),
+    ],
+)
 def test_impossible_settings_name_field_value_and_rule(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field} must be .*, got {value}"):
         settings(**{field: value})

@@ -269,6 +269,17 @@ def test_saving_replaces_a_model_but_no_other_folder(pipe: KnnDiffusion, own: Pa
     assert (tmp_path / "letters" / "dear.txt").read_text() == "mine"
 
 
+def test_an_index_saved_in_place_goes_on_taking_images(own: Path, tmp_path: Path) -> None:
+    pipe = KnnDiffusion.from_pretrained(own, device="cpu")
+    for number in range(2):
+        if number == 1:
+            pipe.save_pretrained(own)
+        Image.new("RGB", (20, 20), (250, 90 * number, 250)).save(tmp_path / f"{number}.png")
+        pipe.index.add([tmp_path / f"{number}.png"])
+    assert pipe("a cat").neighbors
+    assert len(pipe.index) == len(KnnDiffusion.from_pretrained(own, device="cpu").index) == 14
+
+
 def test_a_full_disk_while_saving_keeps_the_old_model(
     pipe: KnnDiffusion, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +336,13 @@ def test_one_flipped_bit_is_noticed(own: Path, part: str) -> None:
     content[-5] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="is damaged"):
+        KnnDiffusion.from_pretrained(own, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["pipeline.json", "encoder/config.json", "denoiser/config.json"])
+def test_a_damaged_description_is_a_damaged_model(own: Path, name: str) -> None:
+    (own / name).write_bytes(b"\0" * 20)
+    with pytest.raises(CheckpointError, match="is not valid json"):
         KnnDiffusion.from_pretrained(own, device="cpu")
 
 

@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_encoder import tiny_config, tiny_sentences
+from tiny_encoder import tiny_config, tiny_encoder, tiny_sentences
 
 from knn_diffusion import stickers
 from knn_diffusion.errors import ConfigError, UsageError
 from knn_diffusion.models.encoders import SmallJointEncoder, load_encoder
+from knn_diffusion.models.small_encoder import SmallEncoder
 from knn_diffusion.models.text_tower import save_text_tower
 from knn_diffusion.training.captioned import CaptionedImages, folder_pairs, holds, sticker_pairs, told_facts
 from knn_diffusion.training.encoder import (
-    EncoderBenchmark,
     EncoderLossConfig,
     EncoderObjective,
     EncoderRun,
-    looks_probe,
-    sticker_benchmark,
     train_encoder,
 )
+from knn_diffusion.training.encoder_benchmark import EncoderBenchmark, looks_probe, sticker_benchmark
 from knn_diffusion.training.loop import TrainingConfig, train
+from knn_diffusion.training.text_head import fitted
 
 GLYPHS = stickers.FolderGlyphs(Path(__file__).parent / "fixtures" / "glyphs")
 
@@ -82,6 +82,12 @@ def test_a_caption_holds_for_a_picture_that_has_all_it_tells() -> None:
     assert holds(facts, told).tolist() == [[True, True, False], [True, False, False]]
 
 
+def test_the_first_caption_of_a_scene_is_its_bare_names(pairs: CaptionedImages) -> None:
+    scene = stickers.sample_scenes(40, 0, "all", GLYPHS)[7]
+    expected = tiny_sentences(max_tokens=100).encode([" and ".join(thing.name for thing in scene.things)])
+    np.testing.assert_allclose(pairs.sentences[pairs.caption_rows[7, 0]], expected[0], atol=2e-2)
+
+
 def test_every_caption_holds_for_its_own_picture(pairs: CaptionedImages) -> None:
     batch = pairs.batch(torch.arange(40), torch.Generator().manual_seed(0))
     assert bool(batch["also_true"].diagonal().all())
@@ -117,6 +123,43 @@ def test_training_lowers_both_losses_and_leaves_an_encoder_that_loads(
     assert isinstance(loaded, SmallJointEncoder)
     assert loaded.name == "stickers"
     assert loaded.facts["steps"] == 40
+
+
+def test_a_fitted_head_keeps_the_tower_and_puts_captions_where_their_pictures_lie(pairs: CaptionedImages) -> None:
+    encoder = SmallJointEncoder(tiny_encoder().network, tiny_sentences(max_tokens=100))
+    made = SmallJointEncoder(fitted(encoder.network, pairs), encoder.sentences)
+    vectors = made.encode_arrays(np.asarray(pairs.pixels))
+    np.testing.assert_array_equal(vectors, encoder.encode_arrays(np.asarray(pairs.pixels)))
+    sentences = torch.from_numpy(pairs.sentences[pairs.caption_rows[:, 0]].astype(np.float32))
+
+    def agreement(network: SmallEncoder) -> float:
+        with torch.no_grad():
+            texts = network.embed_texts(sentences).numpy()
+        center = vectors.mean(0)
+        return float(((vectors - center) * (texts - center)).sum(1).mean())
+
+    assert made.network.config.anchors > 3
+    assert agreement(made.network) > 2 * max(agreement(encoder.network), 0.001)
+    again = fitted(made.network, pairs)
+    assert torch.equal(again.text_head.weight, made.network.text_head.weight)
+
+
+def test_a_remembered_caption_lies_at_the_mean_of_its_pictures(pairs: CaptionedImages) -> None:
+    made = fitted(tiny_encoder().network, pairs)
+    assert made.memory is not None
+    plain = pairs.caption_rows[:, 0]
+    row = int(np.bincount(plain).argmax())
+    places = tiny_encoder().encode_arrays(np.asarray(pairs.pixels))
+    expected = places[plain == row].mean(0) - places.mean(0)
+    compared = made.memory.compared(torch.from_numpy(pairs.sentences[row : row + 1].astype(np.float32)))
+    slot = int((made.memory.keys @ compared[0]).argmax())
+    np.testing.assert_allclose(made.memory.places[slot].numpy(), expected, atol=2e-2)
+
+
+def test_captions_that_no_two_pictures_share_leave_the_head_as_it_was(pairs: CaptionedImages) -> None:
+    rows = np.arange(len(pairs) * 2, dtype=np.int32).reshape(-1, 2)
+    network = tiny_encoder().network
+    assert fitted(network, replace(pairs, caption_rows=rows)) is network
 
 
 def test_the_same_seed_gives_the_same_first_weights(benchmark: EncoderBenchmark) -> None:
@@ -163,6 +206,7 @@ def test_a_folder_with_captions_trains_an_encoder_in_resumable_slices(tmp_path: 
         first = train_encoder(run, [folder], tmp_path / "out", max_minutes=0.0, device="cpu")
         second = train_encoder(run, [folder], tmp_path / "out", resume=True, device="cpu")
     assert (first.step, first.finished, second.step, second.finished) == (1, False, 2, True)
+    assert {"fitted/name_top1", "validation/name_top1"} <= set(second.metrics)
     assert load_encoder(tmp_path / "out" / "model").facts["run"]["scenes"] == 24_000  # type: ignore[attr-defined]
 
 

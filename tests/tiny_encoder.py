@@ -67,9 +67,7 @@ def tiny_sentences(seed: int = 0, max_tokens: int = 24) -> SentenceEncoder:
 
 
 def tiny_config() -> SmallEncoderConfig:
-    return SmallEncoderConfig(
-        size=16, dim=8, meaning_fraction=0.75, text_width=16, stem_width=4, widths=(8, 8), blocks=(1, 1)
-    )
+    return SmallEncoderConfig(size=16, dim=8, text_width=16, stem_width=4, widths=(8, 8), blocks=(1, 1))
 
 
 def tiny_encoder(seed: int = 0) -> SmallJointEncoder:

@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from knn_diffusion.config import from_dict, read_mapping, to_dict
-from knn_diffusion.errors import CheckpointError, KnnDiffusionError
+from knn_diffusion.errors import CheckpointError, ConfigError, KnnDiffusionError
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_TEMPORARY = ".writing-"
+TEMPORARY = ".writing-"
+"""How the names begin of what is being written; one that a killed process left may be deleted."""
 
 ConfigT = TypeVar("ConfigT")
 
@@ -73,7 +74,7 @@ def load_part(folder: Path, *, kind: str, config_class: type[ConfigT]) -> Loaded
     """
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"expected a {kind} in {folder}, found no {CONFIG_FILE}: check the path or train one")
-    facts = read_mapping(folder / CONFIG_FILE)
+    facts = read_facts(folder / CONFIG_FILE)
     if facts.get("kind") != kind:
         raise CheckpointError(
             f"expected a {kind} in {folder}, found a {facts.get('kind')}: name the folder of a {kind}"
@@ -82,9 +83,34 @@ def load_part(folder: Path, *, kind: str, config_class: type[ConfigT]) -> Loaded
         raise CheckpointError(
             f"{folder} has format {facts.get('format_version')}, this version reads {FORMAT_VERSION}: upgrade knn-diffusion"
         )
-    weights = load_weights_file(folder / WEIGHTS_FILE, facts.get("weights_sha256"))
-    config = from_dict(config_class, facts["config"], source=str(folder / CONFIG_FILE))
+    config = stored_config(config_class, facts.get("config"), folder / CONFIG_FILE)
+    weights = load_weights_file(folder / WEIGHTS_FILE, str(facts.get("weights_sha256")))
     return LoadedPart(config=config, weights=weights, extra=dict(facts.get("extra", {})))
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The mapping in a file beside weights.
+
+    Raises: CheckpointError when it is missing or does not parse.
+    """
+    try:
+        return read_mapping(path)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def stored_config(config_class: type[ConfigT], values: object, path: Path) -> ConfigT:
+    """The configuration stored in a file beside weights.
+
+    Raises: CheckpointError when it is damaged or of a version with other fields.
+    """
+    try:
+        return from_dict(config_class, values, source=str(path))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"expected a configuration that this version reads, got {error}: copy the folder again, or use the version "
+            "that wrote it"
+        ) from None
 
 
 def load_weights_file(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
@@ -139,8 +165,10 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically, keys as given."""
-    atomic_write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    """Write JSON atomically, keys as given; in file names that are no UTF-8 the bytes become JSON escapes."""
+    atomic_write_bytes(
+        path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    )
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
@@ -150,7 +178,7 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
     except OSError as error:
         raise _write_error(path, error) from None
     try:
@@ -176,7 +204,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
     except OSError as error:
         raise _write_error(folder, error) from None
     try:
@@ -212,7 +240,7 @@ def _swap(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(temporary, folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder.parent)) / "old"
+    old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent)) / "old"
     os.replace(folder, old)
     try:
         os.replace(temporary, folder)

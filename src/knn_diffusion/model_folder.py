@@ -21,10 +21,12 @@ from knn_diffusion.checkpoint import (
     atomic_folder,
     atomic_write_bytes,
     load_part,
+    read_facts,
     save_part,
+    stored_config,
     write_json,
 )
-from knn_diffusion.config import config, from_dict, read_mapping, require, to_dict
+from knn_diffusion.config import config, require, to_dict
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, UsageError
@@ -103,15 +105,15 @@ def resolve_model(name_or_folder: str | Path) -> Path:
 def read_pipeline_file(folder: Path) -> PipelineFile:
     """`pipeline.json` of a model folder.
 
-    Raises: CheckpointError when it is of another format; ConfigError when it does not parse.
+    Raises: CheckpointError when it is of another format or damaged.
     """
-    values = read_mapping(folder / PIPELINE_FILE)
+    values = read_facts(folder / PIPELINE_FILE)
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder / PIPELINE_FILE} has format {values.get('format_version')}, this version reads {FORMAT_VERSION}: "
             "upgrade knn-diffusion"
         )
-    return from_dict(PipelineFile, values, source=str(folder / PIPELINE_FILE))
+    return stored_config(PipelineFile, values, folder / PIPELINE_FILE)
 
 
 def load_model(name_or_folder: str | Path) -> Model:
@@ -156,7 +158,7 @@ def load_denoiser(folder: Path) -> tuple[Denoiser, Schedule, dict[str, Any]]:
         raise CheckpointError(
             f"expected the noise schedule in {folder / CONFIG_FILE}, found none: train the denoiser again"
         )
-    schedule = from_dict(Schedule, part.extra["schedule"], source=str(folder / CONFIG_FILE))
+    schedule = stored_config(Schedule, part.extra["schedule"], folder / CONFIG_FILE)
     denoiser = Denoiser(part.config)
     apply_weights(denoiser, part.weights, str(folder))
     return denoiser.eval().requires_grad_(False), schedule, part.extra
@@ -282,4 +284,4 @@ def replace_model_folder(folder: Path) -> Any:
 
 
 def _digest(part: Path) -> str:
-    return str(read_mapping(part / CONFIG_FILE).get("weights_sha256"))
+    return str(read_facts(part / CONFIG_FILE).get("weights_sha256"))

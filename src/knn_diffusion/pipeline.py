@@ -279,6 +279,10 @@ class KnnDiffusion:
             save_model(self.model, temporary)
             if self._index is not None:
                 self._index.save(temporary / "index")
+        kept = self._index.folder if self._index is not None else None
+        if self._index is not None and kept is not None and kept.absolute() == (place / "index").absolute():
+            self._index.close()  # its files are no longer there
+            self.index = ImageIndex.open(place / "index", encoder=self.model.encoder)
         return place
 
     def _embed_image(self, image: Image.Image) -> Tensor:

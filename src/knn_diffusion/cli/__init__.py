@@ -73,7 +73,8 @@ def spread_values(arguments: Sequence[str]) -> list[str]:
     option = None
     for argument in arguments:
         if argument.startswith("-"):
-            option = argument if argument in _MANY_VALUES else None
+            name = argument.partition("=")[0]
+            option = name if name in _MANY_VALUES else None
         elif option is not None and spread[-1] != option:
             spread.append(option)
         spread.append(argument)

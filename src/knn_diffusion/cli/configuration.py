@@ -46,7 +46,7 @@ def chosen_run(
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     """Nested values of ["training.num_steps=1000", …]; a value that is no TOML is text.
 
-    Raises: UsageError for a change without a name or a value, or one inside a plain value.
+    Raises: UsageError for a change without a name or a value.
     """
     parsed: dict[str, Any] = {}
     for change in changes:

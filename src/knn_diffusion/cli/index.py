@@ -75,7 +75,10 @@ def remove(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove images from an index; the next search does not find them."""
+    """Remove images from an index; the next search does not find them.
+
+    Example: knn-diffusion index remove my-index a84b30e388373848
+    """
     opened = _changeable(index)
     opened.remove(ids)
     result = {"removed": len(set(ids)), "count": len(opened)}
@@ -84,7 +87,10 @@ def remove(
 
 @app.command()
 def info(index: IndexArgument, *, as_json: JsonOption = False) -> None:
-    """Say how many images an index holds, which encoder made it, and how it is searched."""
+    """Say how many images an index holds, which encoder made it, and how it is searched.
+
+    Example: knn-diffusion index info stickers
+    """
     from knn_diffusion.image_index import ImageIndex
 
     found = ImageIndex.open(index, read_only=True).info()
@@ -93,7 +99,10 @@ def info(index: IndexArgument, *, as_json: JsonOption = False) -> None:
 
 @app.command()
 def check(index: IndexArgument, *, as_json: JsonOption = False) -> None:
-    """Verify every digest of an index; exit code 0 only when it is sound."""
+    """Verify every digest of an index; exit code 0 only when it is sound.
+
+    Example: knn-diffusion index check my-index
+    """
     from knn_diffusion.image_index import ImageIndex
 
     opened = ImageIndex.open(index, read_only=True)
@@ -153,7 +162,7 @@ def _existing(image: Path | None) -> Path:
 def _tell(report: AddReport, index: ImageIndex, folder: Path, as_json: bool) -> None:
     result = {**asdict(report), "index": str(folder.absolute()), "count": len(index)}
     for one in report.skipped[:SKIPPED_SHOWN]:
-        say(f"skipped {one.source}: {one.reason}")
+        say(" ".join(f"skipped {one.source}: {one.reason}".split()))
     if len(report.skipped) > SKIPPED_SHOWN:
         say(f"skipped {len(report.skipped) - SKIPPED_SHOWN} more, see --json")
 

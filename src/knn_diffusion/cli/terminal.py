@@ -27,10 +27,11 @@ def say(message: str) -> None:
 def answer(result: Mapping[str, Any], as_json: bool, lines: Callable[[], Iterator[str]]) -> None:
     """Print a command's result on standard output: the JSON object, or lines for people."""
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        typer.echo(json.dumps(result))  # ASCII: whatever the terminal's encoding, and for file names in none
         return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for line in lines():
-        typer.echo(line)
+        typer.echo(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 @contextmanager

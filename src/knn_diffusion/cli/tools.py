@@ -11,7 +11,7 @@ import typer
 
 from knn_diffusion.cli.terminal import JsonOption, answer, new_folder, progress
 
-dataset_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
+dataset_app = typer.Typer(help="Make data sets.")
 
 
 class Split(StrEnum):
@@ -108,7 +108,10 @@ def evaluate(
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Say what is installed, what is missing, and the command that mends it."""
+    """Say what is installed, what is missing, and the command that mends it.
+
+    Example: knn-diffusion doctor --json
+    """
     from knn_diffusion.doctor import examine, report
 
     findings = examine()

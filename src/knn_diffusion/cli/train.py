@@ -11,6 +11,7 @@ import typer
 
 from knn_diffusion.cli.configuration import chosen_run
 from knn_diffusion.cli.terminal import JsonOption, answer, progress
+from knn_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
     from knn_diffusion.training.loop import Progress as Step
@@ -89,10 +90,11 @@ def tokenizer(
     from knn_diffusion.presets import TOKENIZERS
     from knn_diffusion.training.tokenizer import train_tokenizer
 
+    sources = _required(images)
     run = chosen_run("tokenizer", TOKENIZERS, preset=preset, file=config, changes=changes, init=init)
     with _watched("tokenizer") as shown:
         result = train_tokenizer(
-            run, images or [], output, init=init, resume=resume, max_minutes=max_minutes, device=device, **shown
+            run, sources, output, init=init, resume=resume, max_minutes=max_minutes, device=device, **shown
         )
     _report("tokenizer", output, result, as_json)
 
@@ -121,11 +123,12 @@ def denoiser(
     from knn_diffusion.presets import DENOISERS
     from knn_diffusion.training.denoiser import train_denoiser
 
+    sources = _required(images)
     run = chosen_run("denoiser", DENOISERS, preset=preset, file=config, changes=changes, init=init)
     with _watched("denoiser") as shown:
         result = train_denoiser(
             run,
-            images or [],
+            sources,
             ImageIndex.open(index),
             output,
             tokenizer=tokenizer,
@@ -136,6 +139,12 @@ def denoiser(
             **shown,
         )
     _report("denoiser", output, result, as_json)
+
+
+def _required(images: list[str] | None) -> list[str]:
+    if not images:
+        raise UsageError("expected --images with folders, files or shards to train on, got none: add --images FOLDER")
+    return images
 
 
 @contextmanager

@@ -275,6 +275,11 @@ class ImageIndex:
             return self._encoder
 
     @property
+    def folder(self) -> Path | None:
+        """Where the images are kept, None for an index in memory."""
+        return self._store.folder
+
+    @property
     def dim(self) -> int:
         """Width of the embeddings."""
         return self._store.encoder.dim

@@ -25,6 +25,7 @@ from knn_diffusion.checkpoint import (
     apply_weights,
     atomic_folder,
     load_part,
+    read_facts,
     save_part,
     weights_digest,
     write_json,
@@ -216,7 +217,7 @@ def load_encoder(name_or_dir: str | Path, *, network: bool = False) -> JointEnco
     folder = Path(name_or_dir)
     if not folder.is_dir():
         return load_transformers_encoder(name, network=network)
-    if (folder / CONFIG_FILE).is_file() and "model_type" in read_mapping(folder / CONFIG_FILE):
+    if (folder / CONFIG_FILE).is_file() and "model_type" in read_facts(folder / CONFIG_FILE):
         return load_transformers_encoder(folder)
     return load_small_encoder(folder)
 

@@ -1,4 +1,4 @@
-"""The small joint text-image encoder: a convolutional image tower and a linear text head into one space H.
+"""The small joint text-image encoder: a convolutional image tower, and a light head on a frozen sentence encoder.
 
 It plays the part of CLIP (Radford et al. 2021) where CLIP cannot be had. A contrastive loss alone would let an image
 vector forget what the image looks like, and a generator that sees only that vector could not draw what it never saw. So
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from knn_diffusion.config import config, require
 
 STEM_STRIDE = 2
+SHARPNESS = 12.0
+"""Weight of a caption's cosine in the softmax of `CaptionMemory`; chosen with NEAREST on names and sticker prompts."""
+NEAREST = 5
 
 
 @config
@@ -28,12 +31,10 @@ class SmallEncoderConfig:
     """Side of the square input in pixels; divisible by 2 at the stem and at every stage."""
     dim: int = 256
     """Width of the joint space H."""
-    meaning_fraction: float = 1.0
-    """Share of H's dimensions that texts reach, in (0, 1]; in the others pictures keep more of their looks."""
-    meaning_share: float = 0.6
-    """Squared length of an image vector's part in the meaning dimensions, in (0, 1): equal for all, so that it never ranks."""
     text_width: int = 384
     """Length of the sentence vectors that the text head reads."""
+    anchors: int = 0
+    """Plain captions that the text side remembers with where their pictures lie, see `CaptionMemory`; 0 before the fit."""
     stem_width: int = 32
     """Channels after the first convolution."""
     widths: tuple[int, ...] = (64, 128, 256)
@@ -46,17 +47,11 @@ class SmallEncoderConfig:
     def __post_init__(self) -> None:
         for name in ("size", "dim", "text_width", "stem_width"):
             require(getattr(self, name) > 0, name, getattr(self, name), "positive")
-        require(0 < self.meaning_fraction <= 1, "meaning_fraction", self.meaning_fraction, "in (0, 1]")
-        require(0 < self.meaning_share < 1, "meaning_share", self.meaning_share, "in (0, 1)")
+        require(self.anchors >= 0, "anchors", self.anchors, "at least 0")
         require(len(self.widths) > 0, "widths", self.widths, "at least one stage")
         require(len(self.blocks) == len(self.widths), "blocks", self.blocks, f"as long as widths {self.widths}")
         require(self.size % self.stride == 0, "size", self.size, f"a multiple of {self.stride}")
         require(0 < self.squeeze <= 4, "squeeze", self.squeeze, "in (0, 4]")
-
-    @property
-    def meaning_dim(self) -> int:
-        """Leading dimensions of H, the only ones where texts differ from zero."""
-        return max(1, round(self.dim * self.meaning_fraction))
 
     @property
     def stride(self) -> int:
@@ -99,7 +94,6 @@ class ImageTower(nn.Module):
 
     def __init__(self, cfg: SmallEncoderConfig) -> None:
         super().__init__()
-        self.config = cfg
         layers: list[nn.Module] = [nn.Conv2d(3, cfg.stem_width, 3, STEM_STRIDE, 1)]
         width = cfg.stem_width
         for stage_width, count in zip(cfg.widths, cfg.blocks, strict=True):
@@ -116,22 +110,48 @@ class ImageTower(nn.Module):
         """Unit vectors of images in [-1, 1], float32."""
         features = self.body(pixels.contiguous(memory_format=torch.channels_last))  # [batch, channels, 4, 4]
         vectors = self.head(features.flatten(1)).float()
-        cut, share = self.config.meaning_dim, self.config.meaning_share
-        if cut == self.config.dim:
-            return F.normalize(vectors, dim=-1)
-        meaning = F.normalize(vectors[:, :cut], dim=-1) * math.sqrt(share)
-        looks = F.normalize(vectors[:, cut:], dim=-1) * math.sqrt(1 - share)
-        return torch.cat([meaning, looks], dim=-1)
+        return F.normalize(vectors, dim=-1)
+
+
+class CaptionMemory(nn.Module):
+    """Where the pictures of known plain captions lie, looked up by what a text means (Nadaraya and Watson, 1964).
+
+    A text is compared with the remembered captions in a space of half-whitened sentence vectors, and gets the weighted
+    mean of the places of its nearest ones: "puppy" lands among the dogs although no caption has the word.
+    """
+
+    def __init__(self, cfg: SmallEncoderConfig) -> None:
+        super().__init__()
+        width = cfg.text_width // 2
+        self.register_buffer("center", torch.zeros(cfg.text_width))
+        self.register_buffer("project", torch.zeros(width, cfg.text_width))
+        self.register_buffer("keys", torch.zeros(cfg.anchors, width))
+        self.register_buffer("places", torch.zeros(cfg.anchors, cfg.dim))
+        self.center: Tensor
+        self.project: Tensor
+        self.keys: Tensor
+        self.places: Tensor
+
+    def compared(self, sentences: Float[Tensor, "batch text_width"]) -> Float[Tensor, "batch width"]:
+        """Unit vectors whose cosines say how much alike two texts are."""
+        return F.normalize((sentences - self.center) @ self.project.T, dim=-1)
+
+    def forward(self, sentences: Float[Tensor, "batch text_width"]) -> Float[Tensor, "batch dim"]:
+        """Mean place of the pictures of the nearest captions, relative to the mean of all pictures."""
+        likeness = SHARPNESS * self.compared(sentences) @ self.keys.T
+        best, rows = likeness.topk(min(NEAREST, likeness.shape[1]), dim=1)
+        return torch.einsum("bk,bkd->bd", best.softmax(1), self.places[rows])
 
 
 class SmallEncoder(nn.Module):
-    """Both towers' trainable parts. The text head is linear on purpose: words nobody listed stay near their synonyms."""
+    """Image tower and text head. The head is linear while the tower learns; afterwards it is fitted to the images."""
 
     def __init__(self, cfg: SmallEncoderConfig) -> None:
         super().__init__()
         self.config = cfg
         self.image_tower = ImageTower(cfg)
-        self.text_head = nn.Linear(cfg.text_width, cfg.meaning_dim)
+        self.text_head = nn.Linear(cfg.text_width, cfg.dim)
+        self.memory = CaptionMemory(cfg) if cfg.anchors else None
         nn.init.orthogonal_(self.text_head.weight)
         nn.init.zeros_(self.text_head.bias)
 
@@ -141,8 +161,10 @@ class SmallEncoder(nn.Module):
 
     def embed_texts(self, sentences: Float[Tensor, "batch text_width"]) -> Float[Tensor, "batch dim"]:
         """Unit vectors of texts from their frozen sentence vectors, float32."""
-        meaning = F.normalize(self.text_head(sentences).float(), dim=-1)
-        return F.pad(meaning, (0, self.config.dim - self.config.meaning_dim))
+        vectors = self.text_head(sentences).float()
+        if self.memory is not None:
+            vectors = vectors + self.memory(sentences.float())
+        return F.normalize(vectors, dim=-1)
 
 
 class Painter(nn.Module):
@@ -171,33 +193,21 @@ class Painter(nn.Module):
 
 def contrastive_loss(
     images: Float[Tensor, "batch dim"],
-    texts: Float[Tensor, "texts dim"],
+    texts: Float[Tensor, "batch dim"],
     scale: Float[Tensor, ""],
-    also_true: Bool[Tensor, "batch texts"],
+    also_true: Bool[Tensor, "batch batch"],
 ) -> Float[Tensor, ""]:
     """Symmetric cross-entropy between images and captions (Radford et al. 2021, Fig. 3), in nats.
 
     Args:
-        texts: the caption of each image in the same order; then, if any, more captions to be told apart from them.
         scale: inverse temperature.
         also_true: [i, j] where text j describes image i too without being its own caption; neither pulled nor pushed.
     """
-    count = len(images)
     logits = scale * images @ texts.T
-    own = torch.eye(count, len(texts), dtype=torch.bool, device=logits.device)
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     logits = logits.masked_fill(also_true & ~own, -torch.inf)
-    target = torch.arange(count, device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
-
-
-def meaning_loss(images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """One minus the cosine, over the meaning dimensions, between each image and its caption, in [0, 2].
-
-    The contrastive loss is content when the right caption comes first. To be found by words that no caption used, an image
-    must lie where its caption lies, among all that means nearly the same (Frome et al., DeViSE, 2013).
-    """
-    reached = (texts != 0).any(0)
-    return 1 - F.cosine_similarity(images * reached, texts, dim=-1).mean()
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def looks_loss(

@@ -25,7 +25,6 @@ from knn_diffusion.stickers.dataset import NamedGlyphs
 from knn_diffusion.training.data import Batch, Reporter, cached_array
 
 MAX_SHIFT = 4
-MORE_CAPTIONS = 768
 NO_FACT = -1
 SENTENCES_AT_ONCE = 64
 Fact = tuple[str, ...]
@@ -35,7 +34,8 @@ Fact = tuple[str, ...]
 class CaptionedImages:
     """Pixels, the sentence vectors of their captions, and which facts picture and caption hold.
 
-    A caption is also true of another picture when all of its facts hold there; facts are numbers, padded with -1.
+    The first caption of each is its plainest: what is shown, and as little else as possible. A caption is also true of
+    another picture when all of its facts hold there; facts are numbers, padded with -1.
     """
 
     pixels: UInt8[np.ndarray, "items height width 3"]
@@ -44,14 +44,12 @@ class CaptionedImages:
     facts: Int[np.ndarray, "items facts"]
     caption_facts: Int[np.ndarray, "items captions told"]
     may_mirror: Bool[np.ndarray, "items"]
-    more_captions: int = 0
-    """Captions of other pictures that come with a batch, to be told apart from its own."""
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def batch(self, indices: Int[Tensor, "batch"], generator: torch.Generator) -> Batch:
-        """`pixels`, `sentences` and `also_true` as `contrastive_loss` wants them: one caption of each picture, then more.
+        """`pixels`, the `sentences` of one caption of each, and `also_true` as `contrastive_loss` wants it.
 
         Pictures are shifted by up to four pixels, and mirrored half of the time where no caption says left or right.
         """
@@ -59,13 +57,11 @@ class CaptionedImages:
         chosen = torch.randint(self.caption_rows.shape[1], (len(rows),), generator=generator).numpy()
         mirrored = (torch.rand(len(rows), generator=generator) < 0.5).numpy() & self.may_mirror[rows]
         shifts = torch.randint(2 * MAX_SHIFT + 1, (len(rows), 2), generator=generator).numpy()
-        others = torch.randint(self.caption_rows.size, (self.more_captions,), generator=generator).numpy()
-        other_rows, other_chosen = np.divmod(others, self.caption_rows.shape[1])
-        of, which = np.concatenate([rows, other_rows]), np.concatenate([chosen, other_chosen])
+        sentences = self.sentences[self.caption_rows[rows, chosen]].astype(np.float32)
         return {
             "pixels": images.pixels_from_uint8(_moved(self.pixels[rows], shifts, mirrored)),
-            "sentences": torch.from_numpy(self.sentences[self.caption_rows[of, which]].astype(np.float32)),
-            "also_true": torch.from_numpy(holds(self.facts[rows], self.caption_facts[of, which])),
+            "sentences": torch.from_numpy(sentences),
+            "also_true": torch.from_numpy(holds(self.facts[rows], self.caption_facts[rows, chosen])),
         }
 
 
@@ -82,7 +78,7 @@ def sticker_pairs(
     count: int,
     seed: int = 0,
     size: int = 64,
-    captions_each: int = 3,
+    captions_each: int = 4,
     glyphs: NamedGlyphs | None = None,
     report: Reporter | None = None,
 ) -> CaptionedImages:
@@ -105,7 +101,7 @@ def sticker_pairs(
 
     pixels = cached_array(cache, "scenes", facts, lambda: stickers.render_array(scenes, size, source, progress=note))
     rng = random.Random(f"captions {seed}")
-    texts = [stickers.captions(scene, rng, captions_each) for scene in scenes]
+    texts = [[plainest(scene), *stickers.captions(scene, rng, captions_each - 1)] for scene in scenes]
     different = list(dict.fromkeys(text for each in texts for text in each))
     sentences = sentence_vectors(different, sentence_encoder, cache, report)
     row_of = {text: row for row, text in enumerate(different)}
@@ -121,7 +117,6 @@ def sticker_pairs(
         facts=_table([_numbered([fact for fact, _ in scene_facts(scene)], numbers) for scene in scenes]),
         caption_facts=_table([row for each in told for row in each]).reshape(count, captions_each, -1),
         may_mirror=np.array([scene.relation not in ("left of", "right of") for scene in scenes]),
-        more_captions=MORE_CAPTIONS,
     )
 
 
@@ -148,12 +143,13 @@ def folder_pairs(
         return pixels
 
     different = list(dict.fromkeys(text for _, texts in found for text in texts))
+    sentences = sentence_vectors(different, sentence_encoder, cache, report)
     row_of = {text: row for row, text in enumerate(different)}
     most = max(len(texts) for _, texts in found)
     rows = np.array([[row_of[texts[i % len(texts)]] for i in range(most)] for _, texts in found], np.int32)
     return CaptionedImages(
         pixels=cached_array(cache, "pictures", {"files": digest, "size": size}, decode),
-        sentences=sentence_vectors(different, sentence_encoder, cache, report),
+        sentences=sentences,
         caption_rows=rows,
         facts=rows,
         caption_facts=rows[..., None],
@@ -170,7 +166,7 @@ def _read_captions(folder: Path) -> list[tuple[Path, list[str]]]:
         try:
             entry = json.loads(line)
             texts = entry["captions"] if "captions" in entry else [entry["caption"]]
-            pairs.append((folder / entry["file"], [str(text) for text in texts]))
+            pairs.append((folder / entry["file"], sorted(map(str, texts), key=len)))
         except (ValueError, KeyError, TypeError):
             raise UsageError(
                 f'expected {{"file": ..., "caption": ...}} in line {number} of {path}, got {line[:60]!r}: mend it'
@@ -199,6 +195,11 @@ def sentence_vectors(
     weight = encoder.tower.words.weight
     facts = {"texts": "\n".join(texts), "tower": (float(weight.sum()), tuple(weight.shape))}
     return cached_array(cache, "sentences", facts, compute)
+
+
+def plainest(scene: stickers.Scene) -> str:
+    """The names of what a scene shows, and nothing else."""
+    return " and ".join(thing.name for thing in scene.things)
 
 
 def scene_facts(scene: stickers.Scene) -> list[tuple[Fact, tuple[str, ...]]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knn_diffusion.checkpoint import (
+    TEMPORARY,
     apply_weights,
     atomic_folder,
     file_digest,
@@ -30,7 +31,7 @@ Optimizers = Mapping[str, torch.optim.Optimizer]
 def save_checkpoint(
     folder: Path, *, step: int, modules: nn.Module, average: nn.Module, optimizers: Optimizers, config: object
 ) -> None:
-    """Write `step-…` atomically under `folder` and remove all but the last two."""
+    """Write `step-…` atomically under `folder`; remove all but the last two, and what a killed run left half-written."""
     tensors = {f"modules.{name}": value for name, value in modules.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for phase, optimizer in optimizers.items():
@@ -39,7 +40,7 @@ def save_checkpoint(
         save_weights(temporary / _STATE, tensors)
         facts = {"step": step, "config": to_dict(config), "sha256": file_digest(temporary / _STATE)}
         write_json(temporary / _FACTS, facts)
-    for old in _newest_first(folder)[KEPT:]:
+    for old in [*_newest_first(folder)[KEPT:], *folder.glob(f"{TEMPORARY}*")]:
         shutil.rmtree(old, ignore_errors=True)
 
 

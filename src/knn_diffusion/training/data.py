@@ -7,7 +7,9 @@ sees the same data after a resume and whatever the number of processes.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -70,22 +72,45 @@ class PixelSet:
 def load_pixels(sources: Sequence[str | Path], size: int, cache: Path, report: Reporter | None = None) -> PixelSet:
     """Every readable image under `sources` as size × size pixels, decoded once and memory-mapped from `cache`.
 
-    Images that cannot be read are left out and listed with their reasons in `skipped.json` beside the array.
+    They are decoded again when a file has another size or time than before, or when the cache is incomplete. Images that cannot be read are left out and listed with their reasons in `skipped.json` beside the array.
 
     Raises: UsageError when no image could be read.
     """
     found = images.find_images(sources)
-    key = hashlib.sha256("\n".join([str(size), *(f"{image.source}/{image.key}" for image in found)]).encode())
+    key = hashlib.sha256(
+        "\n".join([str(size), *(f"{image.source}/{image.key}" for image in found)]).encode("utf-8", "backslashreplace")
+    )
     folder = cache / f"pixels-{size}-{key.hexdigest()[:12]}"
-    if not (folder / "done.json").is_file():
-        _decode(found, size, folder, report)
+    stamps = hashlib.sha256("\n".join(_stamp(image.source) for image in found).encode()).hexdigest()
+    if not _is_decoded(folder, stamps, size):
+        _decode(found, size, folder, report, stamps)
     facts = read_mapping(folder / "done.json")
     array = np.memmap(folder / "pixels.u8", np.uint8, "r", shape=(len(facts["ids"]), size, size, 3))
     return PixelSet(array, facts["ids"], facts["sha256"])
 
 
-def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report: Reporter | None) -> None:
+def _stamp(source: str) -> str:
+    """Size and time of the file that an image lies in; a shard's or table's name stands before the last `::`."""
+    place = source if os.path.exists(source) else source.rpartition("::")[0]
+    try:
+        status = os.stat(place)
+    except OSError:
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _is_decoded(folder: Path, stamps: str, size: int) -> bool:
+    """Whether the cache holds the pixels of the files as they are now, whole."""
+    done, pixels = folder / "done.json", folder / "pixels.u8"
+    if not done.is_file() or not pixels.is_file():
+        return False
+    facts = read_mapping(done)
+    return facts.get("stamps") == stamps and pixels.stat().st_size == len(facts["ids"]) * size * size * 3
+
+
+def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report: Reporter | None, stamps: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").unlink(missing_ok=True)
     skipped: list[dict[str, str]] = []
     ids: list[str] = []
     with (folder / "pixels.u8").open("wb") as file:
@@ -104,13 +129,14 @@ def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report
             f"expected readable images, all {len(found)} failed (first: {skipped[0]['reason']}): check the files"
         )
     write_json(folder / "skipped.json", skipped)
-    write_json(folder / "done.json", {"ids": ids, "size": size, "sha256": file_digest(folder / "pixels.u8")})
+    write_json(folder / "done.json", {"ids": ids, "stamps": stamps, "sha256": file_digest(folder / "pixels.u8")})
 
 
 def cached_array(cache: Path, name: str, facts: Mapping[str, object], compute: Callable[[], np.ndarray]) -> np.ndarray:
     """An array made once from these facts: memory-mapped from `cache` when it is there, else computed and kept."""
     key = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:12]
     path = cache / f"{name}-{key}.npy"
-    if not path.is_file():
-        atomic_write_bytes(path, npy_bytes(compute()))
+    with suppress(OSError, ValueError, EOFError):  # not there, or damaged
+        return np.load(path, mmap_mode="r")
+    atomic_write_bytes(path, npy_bytes(compute()))
     return np.load(path, mmap_mode="r")

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from knn_diffusion.checkpoint import save_part
-from knn_diffusion.config import config, require, to_dict
+from knn_diffusion.checkpoint import CONFIG_FILE, atomic_folder, save_part
+from knn_diffusion.config import config, read_mapping, require, to_dict
 from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
 from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss
 from knn_diffusion.diffusion.process import Schedule, q_sample
 from knn_diffusion.diffusion.sampling import SamplerConfig, sample
-from knn_diffusion.errors import FingerprintError, UsageError
+from knn_diffusion.errors import ConfigError, FingerprintError, UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import from_array, grid, uint8_from_pixels
 from knn_diffusion.model_folder import load_denoiser, load_tokenizer, resolve_model, write_pipeline_file
@@ -30,7 +30,15 @@ from knn_diffusion.models.tokenizer import VQGAN
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.shapes import Condition
 from knn_diffusion.training.data import Batch, Reporter, load_pixels
-from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, train
+from knn_diffusion.training.loop import (
+    Phase,
+    Progress,
+    TrainingConfig,
+    TrainingResult,
+    Validation,
+    check_output,
+    train,
+)
 from knn_diffusion.training.neighbors import DenoiserData, prepare
 
 PREVIEWS = 8
@@ -177,18 +185,39 @@ class DenoiserObjective:
                 f"{folder} was trained with the encoder {str(facts.get('encoder'))[:24]}, the index with "
                 f"{self.encoder_fingerprint[:24]}: build the index with that model's encoder"
             )
-        require(
-            trained.config == self.run.denoiser, "denoiser", self.run.denoiser, f"that of {folder}, {trained.config}"
-        )
-        require(schedule == self.run.schedule, "schedule", self.run.schedule, f"that of {folder}, {schedule}")
+        there = to_dict(trained.config) | to_dict(schedule)
+        asked = to_dict(self.run.denoiser) | to_dict(self.run.schedule)
+        if others := [f"{name} {asked[name]} for {value}" for name, value in there.items() if asked[name] != value]:
+            raise ConfigError(
+                f"expected the shape and schedule of {folder}, got {', '.join(others)}: leave out --preset and --config, "
+                "or start without --init"
+            )
         self.denoiser.load_state_dict(trained.state_dict())
 
     def lay_out(self, folder: Path, tokenizer: Path, index: ImageIndex) -> None:
-        """Put the parts that do not change into the model folder, so that every export completes a usable model."""
-        if not (folder / "tokenizer").exists():
-            shutil.copytree(tokenizer, folder / "tokenizer")
-        if not (folder / "encoder").exists():
-            save_encoder(index.encoder, folder / "encoder")
+        """Put the parts that do not change into the model folder, so that every export completes a usable model.
+
+        Raises: UsageError when a denoiser there was trained with another tokenizer or encoder.
+        """
+        if (folder / "denoiser").is_dir():
+            self._check_same_parts(folder, tokenizer)
+            return
+        with atomic_folder(folder / "tokenizer") as temporary:
+            shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+        save_encoder(index.encoder, folder / "encoder")
+
+    def _check_same_parts(self, folder: Path, tokenizer: Path) -> None:
+        trained = read_mapping(folder / "denoiser" / CONFIG_FILE).get("extra", {})
+        codes = [read_mapping(place / CONFIG_FILE).get("weights_sha256") for place in (folder / "tokenizer", tokenizer)]
+        for part, before, asked in (
+            ("encoder", trained.get("encoder"), self.encoder_fingerprint),
+            ("tokenizer", *codes),
+        ):
+            if before != asked:
+                raise UsageError(
+                    f"{folder} was trained with the {part} {str(before)[:12]}, got {str(asked)[:12]}: go on with that "
+                    f"{part} or choose another --output"
+                )
 
     def export(self, network: nn.Module, folder: Path, facts: Mapping[str, object]) -> None:
         """Write the denoiser in half precision with its schedule and its encoder's fingerprint, and the model around it."""
@@ -234,6 +263,7 @@ def train_denoiser(
     Raises: UsageError when there is neither a tokenizer nor a model to go on from, or the images are too few;
         FingerprintError when that model was trained with another encoder than the index.
     """
+    check_output(output, resume)
     tokenizer_folder = _tokenizer_folder(tokenizer, init)
     parts, _ = load_tokenizer(tokenizer_folder)
     pixels = load_pixels(sources, parts.config.image_size, output / "cache", report)

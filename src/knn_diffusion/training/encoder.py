@@ -1,24 +1,19 @@
-"""Training of the small joint encoder: contrastive against frozen sentences, and redrawing so that looks survive.
-
-The figures it is judged by: the right picture for a concept's name, for everyday words that no caption uses, and how
-much of a picture's thumbnail a linear map can read back from its vector (the probe), also for concepts new to the probe.
+"""Training of the small joint encoder: contrastive against frozen sentences, redrawing so that looks survive, and at last
+a text head fitted to where the pictures came to lie.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from knn_diffusion import images, stickers
 from knn_diffusion.checkpoint import apply_weights
 from knn_diffusion.config import config, require, to_dict
 from knn_diffusion.device import choose_device
@@ -30,28 +25,22 @@ from knn_diffusion.models.small_encoder import (
     SmallEncoderConfig,
     contrastive_loss,
     looks_loss,
-    meaning_loss,
 )  # fmt: skip
 from knn_diffusion.models.text_tower import SentenceEncoder, open_text_tower
 from knn_diffusion.randomness import derive_seed
-from knn_diffusion.stickers.dataset import NamedGlyphs
-from knn_diffusion.training.captioned import folder_pairs, sticker_pairs
+from knn_diffusion.training.captioned import CaptionedImages, folder_pairs, sticker_pairs
 from knn_diffusion.training.data import Batch, Reporter
+from knn_diffusion.training.encoder_benchmark import PROBE_SIDE, EncoderBenchmark, sticker_benchmark
 from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, train
+from knn_diffusion.training.text_head import fitted
 
 BUNDLED_TEXT_TOWER = BUNDLES / "stickers" / "encoder" / TEXT_FOLDER
-PROBE_SIDE = 8
-PROBE_RIDGE = 1e-3
-NEAREST = 5
-PREVIEW_WORDS = 8
 
 
 @config
 class EncoderLossConfig:
     """What the encoder is pulled towards."""
 
-    meaning_weight: float = 0.0
-    """Weight of lying where the caption lies, beside the contrastive loss; finds words that no caption used."""
     looks_weight: float = 4.0
     """Weight of redrawing the thumbnail beside the contrastive loss; 0 forgets what pictures look like."""
     thumbnail: int = 32
@@ -64,8 +53,8 @@ class EncoderLossConfig:
     """The inverse temperature never rises above."""
 
     def __post_init__(self) -> None:
-        for name in ("meaning_weight", "looks_weight", "sentence_noise"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.looks_weight >= 0, "looks_weight", self.looks_weight, "at least 0")
+        require(self.sentence_noise >= 0, "sentence_noise", self.sentence_noise, "at least 0")
         require(0 < self.first_scale <= self.max_scale, "first_scale", self.first_scale, "in (0, max_scale]")
 
 
@@ -98,8 +87,8 @@ class EncoderRun:
     """How long and how fast."""
     scenes: int = 24_000
     """Sticker scenes to draw where no captioned pictures are given."""
-    captions_each: int = 3
-    """Wordings of each scene, one of which is drawn each time it is seen."""
+    captions_each: int = 4
+    """Captions of each scene, the bare names first; one of them is drawn each time the scene is seen."""
     text_tower: str | None = None
     """Folder of the frozen text tower, as saved by this package or as published; None for the bundled one."""
 
@@ -109,42 +98,6 @@ class EncoderRun:
         divides = self.encoder.size % self.losses.thumbnail == 0
         require(divides, "losses.thumbnail", self.losses.thumbnail, f"a divisor of encoder.size {self.encoder.size}")
         require(self.encoder.size % PROBE_SIDE == 0, "encoder.size", self.encoder.size, f"a multiple of {PROBE_SIDE}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncoderBenchmark:
-    """Pictures and words the encoder never trains on.
-
-    gallery: one picture of each concept; names: what it shows; probe: random scenes for the probe, the first half of
-    them of other concepts than the second half.
-    """
-
-    gallery: UInt8[np.ndarray, "items height width 3"]
-    names: Sequence[str]
-    queries: Sequence[str]
-    everyday: Mapping[str, Sequence[str]]
-    probe: UInt8[np.ndarray, "images height width 3"]
-
-
-def sticker_benchmark(
-    size: int, glyphs: NamedGlyphs | None = None, probe_count: int = 3000, seed: int = 77
-) -> EncoderBenchmark:
-    """Fresh renders of every concept that is no flat sign, on every background colour in turn."""
-    every = [concept for concept in stickers.concepts(glyphs) if not concept.flat]
-    scenes = [
-        stickers.one_object_scene(concept, stickers.COLOURS[i % len(stickers.COLOURS)], seed + i)
-        for i, concept in enumerate(every)
-    ]
-    halves = every[::2], every[1::2]
-    probe = [stickers.sample_scene(seed * 10_007 + i, halves[i * 2 // probe_count], "all") for i in range(probe_count)]
-    names = {concept.name for concept in every}
-    return EncoderBenchmark(
-        gallery=stickers.render_array(scenes, size, glyphs),
-        names=[concept.name for concept in every],
-        queries=[concept.phrase for concept in every],
-        everyday={word: means for word, means in stickers.everyday_words().items() if not names.isdisjoint(means)},
-        probe=stickers.render_array(probe, size, glyphs),
-    )
 
 
 class EncoderObjective:
@@ -169,19 +122,16 @@ class EncoderObjective:
         return [Phase("encoder", list(self.modules.parameters()), self._loss)]
 
     def _loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        sentences = _jittered(batch["sentences"], self.losses.sentence_noise, generator)
         pictures = self.small.embed_images(batch["pixels"])
-        texts = self.small.embed_texts(sentences)
+        texts = self.small.embed_texts(_jittered(batch["sentences"], self.losses.sentence_noise, generator))
         scale = self.temperature()
         with torch.autocast(pictures.device.type, enabled=False):
             contrast = contrastive_loss(pictures, texts, scale, batch["also_true"])
-            meaning = meaning_loss(pictures, texts[: len(pictures)])
         thumbnail = F.avg_pool2d(batch["pixels"], batch["pixels"].shape[-1] // self.losses.thumbnail)
         looks = looks_loss(self.painter(pictures), thumbnail)
         return {
-            "loss": contrast + self.losses.meaning_weight * meaning + self.losses.looks_weight * looks,
+            "loss": contrast + self.losses.looks_weight * looks,
             "contrast": contrast,
-            "meaning": meaning,
             "looks": looks,
             "scale": scale,
             "right": ((pictures @ texts.T).argmax(1) == torch.arange(len(pictures), device=texts.device))
@@ -190,22 +140,9 @@ class EncoderObjective:
         }
 
     def validate(self, network: nn.Module, step: int, generator: torch.Generator) -> Validation:
-        """Top-1 and top-5 by name, top-5 by everyday word, the probe's R²; the preview shows the nearest pictures."""
+        """The benchmark's figures and preview."""
         encoder = self._encoder(network)
-        gallery = encoder.encode_arrays(self.benchmark.gallery)
-        order = np.argsort(-encoder.encode_texts(self.benchmark.queries) @ gallery.T, axis=1)[:, :NEAREST]
-        own = order == np.arange(len(order))[:, None]
-        metrics = {"name_top1": float(own[:, 0].mean()), "name_top5": float(own.any(1).mean())}
-        words = list(self.benchmark.everyday)
-        nearest = np.argsort(-encoder.encode_texts(words) @ gallery.T, axis=1)[:, :NEAREST]
-        right = [
-            any(self.benchmark.names[i] in self.benchmark.everyday[word] for i in row)
-            for word, row in zip(words, nearest, strict=True)
-        ]
-        if words:
-            metrics["everyday_top5"] = float(np.mean(right))
-        metrics |= looks_probe(encoder.encode_arrays(self.benchmark.probe), self.benchmark.probe)
-        return Validation(metrics=metrics, preview=self._preview(words, nearest))
+        return Validation(metrics=self.benchmark.judge(encoder), preview=self.benchmark.preview(encoder))
 
     def export(self, network: nn.Module, folder: Path, facts: Mapping[str, object]) -> None:
         """Write the encoder with its text tower, ready for `load_encoder`."""
@@ -216,12 +153,6 @@ class EncoderObjective:
     def _encoder(self, network: nn.Module) -> SmallJointEncoder:
         assert isinstance(network, SmallEncoder)
         return SmallJointEncoder(network, self.sentences, self.name)
-
-    def _preview(self, words: Sequence[str], nearest: np.ndarray) -> Image.Image | None:
-        shown = range(0, len(words), max(1, len(words) // PREVIEW_WORDS))
-        pictures = [Image.fromarray(self.benchmark.gallery[i]) for row in shown for i in nearest[row]]
-        labels = [words[row] if rank == 0 else "" for row in shown for rank in range(nearest.shape[1])]
-        return images.grid(pictures, nearest.shape[1], 96, labels) if pictures else None
 
 
 def train_encoder(
@@ -260,10 +191,29 @@ def train_encoder(
     objective = EncoderObjective(run, sentences, sticker_benchmark(size))
     if init is not None:
         trained = load_small_encoder(resolve_model(init) / "encoder")
-        apply_weights(objective.small, trained.network.state_dict(), str(init))
-    return train(
+        apply_weights(objective.small.image_tower, trained.network.image_tower.state_dict(), str(init))
+    result = train(
         objective, pairs, run.training, output, resume=resume, max_minutes=max_minutes, device=device, watch=watch
     )
+    if not result.finished:
+        return result
+    figures = finish_encoder(output / "model", pairs, objective.benchmark, device)
+    return replace(result, metrics=result.metrics | {f"fitted/{name}": value for name, value in figures.items()})
+
+
+def finish_encoder(
+    folder: Path, pairs: CaptionedImages, benchmark: EncoderBenchmark, device: str = "auto"
+) -> dict[str, float]:
+    """Fit the text head of a trained encoder to its images, in place; the image tower does not change.
+
+    Returns: the benchmark's figures afterwards.
+    """
+    encoder = load_small_encoder(folder).to(choose_device(device))
+    made = SmallJointEncoder(fitted(encoder.network, pairs), encoder.sentences, encoder.name, encoder.facts)
+    metrics = benchmark.judge(made)
+    made.facts["metrics"] = metrics
+    save_encoder(made, folder)
+    return metrics
 
 
 class _Temperature(nn.Module):
@@ -276,33 +226,6 @@ class _Temperature(nn.Module):
 
     def forward(self) -> Float[Tensor, ""]:
         return self.log_scale.exp().clamp_max(self.largest)
-
-
-def looks_probe(
-    vectors: Float[np.ndarray, "items dim"], pixels: UInt8[np.ndarray, "items height width 3"]
-) -> dict[str, float]:
-    """How much of an 8×8 thumbnail's variance a ridge regression reads from the vectors, R² in (-∞, 1].
-
-    Returns: `looks_r2`, fitted and judged on alternating pictures; `looks_r2_new`, fitted on the first half and judged on
-    the second, which shows other concepts.
-    """
-    step = pixels.shape[1] // PROBE_SIDE
-    small = pixels.reshape(len(pixels), PROBE_SIDE, step, PROBE_SIDE, step, 3).mean((2, 4), dtype=np.float32)
-    target = small.reshape(len(pixels), -1) / 255
-    middle = len(pixels) // 2
-    return {
-        "looks_r2": _ridge_r2(vectors[::2], target[::2], vectors[1::2], target[1::2]),
-        "looks_r2_new": _ridge_r2(vectors[:middle], target[:middle], vectors[middle:], target[middle:]),
-    }
-
-
-def _ridge_r2(x: np.ndarray, y: np.ndarray, x_new: np.ndarray, y_new: np.ndarray) -> float:
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y, x_new = (x - x_mean).astype(np.float64), (y - y_mean).astype(np.float64), x_new - x_mean
-    gram = x.T @ x
-    weights = np.linalg.solve(gram + PROBE_RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ y)
-    residual = np.square(x_new @ weights - (y_new - y_mean)).sum()
-    return float(1 - residual / np.square(y_new - y_new.mean(0)).sum())
 
 
 def _jittered(

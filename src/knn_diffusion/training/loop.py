@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from knn_diffusion.checkpoint import atomic_write_bytes
 from knn_diffusion.config import config, require
 from knn_diffusion.device import choose_device, choose_dtype
 from knn_diffusion.errors import TrainingError, UsageError
@@ -42,11 +43,11 @@ class TrainingConfig:
     batch_size: int
     """Examples of one step, ≥ 1."""
     learning_rate: float
-    """Peak rate of AdamW."""
+    """Peak rate of AdamW, above 0."""
     final_learning_rate: float = 0.0
     """Rate at the last step; in between a cosine."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from zero."""
+    """Steps of linear warm-up from zero, ≥ 0."""
     betas: tuple[float, float] = (0.9, 0.96)
     """AdamW's moment decays; VQ-Diffusion's are (0.9, 0.96)."""
     weight_decay: float = 0.045
@@ -69,7 +70,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "log_every", "validate_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup_steps", "final_learning_rate", "weight_decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
 
@@ -166,8 +170,9 @@ def train(
     """
     if len(dataset) < 1:
         raise TrainingError("expected images to train on, got none: check --images")
+    check_output(output, resume)
     run = _prepare(objective, config, output, device)
-    _resume(run, resume)
+    _resume(run)
     started = time.monotonic()
     metrics: dict[str, float] = {}
     with _stop_on_interrupt() as interrupted, _log(run) as log:
@@ -191,6 +196,20 @@ def train(
     return TrainingResult(step=run.step, finished=run.step == config.num_steps, metrics=metrics)
 
 
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse a folder that a new run would spoil; to be asked before data is prepared for the run.
+
+    Raises: UsageError when `output` is no folder, or holds another run and `resume` is off.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"expected a folder for --output, {output} is a file: choose another name")
+    newest = latest_checkpoint(output / "checkpoints")
+    if newest is not None and not resume:
+        raise UsageError(
+            f"{output} already holds a run (at {newest.name}): add --resume to go on, or choose another --output"
+        )
+
+
 def batch_indices(num_items: int, batch_size: int, step: int, seed: int) -> Tensor:
     """Which examples step 1, 2, … sees: consecutive pieces of one shuffled pass after another.
 
@@ -206,7 +225,7 @@ def batch_indices(num_items: int, batch_size: int, step: int, seed: int) -> Tens
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """Linear warm-up to the peak, then a cosine down to the final rate at `num_steps`."""
-    if step <= config.warmup_steps:
+    if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
     fall = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
@@ -306,18 +325,12 @@ def _save(run: _Run) -> None:
     )
 
 
-def _resume(run: _Run, resume: bool) -> None:
+def _resume(run: _Run) -> None:
     folder = run.output / "checkpoints"
-    newest = latest_checkpoint(folder)
-    if newest is None:
-        return
-    if not resume:
-        raise UsageError(
-            f"{run.output} already holds a run (at {newest.name}): add --resume to go on, or choose another --output"
+    if latest_checkpoint(folder) is not None:
+        run.step = load_checkpoint(
+            folder, modules=run.objective.modules, average=run.average, optimizers=run.optimizers, config=run.config
         )
-    run.step = load_checkpoint(
-        folder, modules=run.objective.modules, average=run.average, optimizers=run.optimizers, config=run.config
-    )
 
 
 @contextmanager
@@ -366,10 +379,19 @@ def _log(run: _Run) -> Iterator[Log]:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop log lines of steps that a resumed run will do again."""
+    """Drop log lines of steps that a resumed run will do again, and one that a crash cut short."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = (line + "\n" for line in lines if (logged := _logged_step(line)) is not None and logged <= step)
+        atomic_write_bytes(path, "".join(kept).encode())
+
+
+def _logged_step(line: str) -> int | None:
+    """The step a line of metrics.jsonl tells of, None when it is no whole line."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _tensorboard(folder: Path, step: int) -> object | None:

@@ -73,7 +73,8 @@ def prepare(
     """
     if k and len(index) < k + 1:
         raise UsageError(
-            f"expected an index of more than {k} images, got {len(index)}: add images or train with a smaller k"
+            f"expected an index of more than {k} images, got {len(index)}: add images or train with fewer neighbors "
+            f"(--set conditioning.k={max(0, len(index) - 1)})"
         )
     encoder = index.encoder
     tokens = cached_array(

@@ -23,7 +23,15 @@ from knn_diffusion.model_folder import load_tokenizer, resolve_model
 from knn_diffusion.models.discriminator import PatchDiscriminator
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig, codebook_perplexity
 from knn_diffusion.training.data import Batch, PixelDataset, Reporter, load_pixels
-from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, train
+from knn_diffusion.training.loop import (
+    Phase,
+    Progress,
+    TrainingConfig,
+    TrainingResult,
+    Validation,
+    check_output,
+    train,
+)
 from knn_diffusion.training.perceptual import PERCEPTIONS, PerceptualName
 
 PREVIEWS = 8
@@ -72,7 +80,6 @@ class TokenizerObjective:
     """VQGAN's two losses; an `Objective` of the training loop."""
 
     def __init__(self, run: TokenizerRun, validation: UInt8[np.ndarray, "items height width 3"]) -> None:
-        self.run = run
         self.run = run
         self.settings = run.loss
         self.batch_size = run.training.batch_size
@@ -193,6 +200,7 @@ def train_tokenizer(
 
     Raises: UsageError when there are fewer than two readable images; CheckpointError when `init` is of another shape.
     """
+    check_output(output, resume)
     pixels = load_pixels(sources, run.tokenizer.image_size, output / "cache", report).array
     if len(pixels) < 2:
         raise UsageError(f"expected at least 2 images to train on, got {len(pixels)}: add images")
@@ -200,9 +208,6 @@ def train_tokenizer(
     objective = TokenizerObjective(run, pixels[cut:])
     if init is not None:
         objective.start_from(resolve_model(init) / "tokenizer")
-    if init is not None:
-        trained, _ = load_tokenizer(resolve_model(init) / "tokenizer")
-        apply_weights(objective.tokenizer, trained.state_dict(), str(init))
     dataset = PixelDataset(pixels[:cut], mirror=True)
     return train(
         objective, dataset, run.training, output, resume=resume, max_minutes=max_minutes, device=device, watch=watch

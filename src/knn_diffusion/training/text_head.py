@@ -1,0 +1,108 @@
+"""The text head of a trained encoder, fitted in closed form: a caption goes where the pictures it describes lie.
+
+A contrastive loss leaves captions and pictures apart: it is content when the right one comes first among a batch. Here the
+mean picture vector of a caption is estimated instead: by remembered plain captions (what is shown), and by a ridge
+regression of what these leave unexplained (background, tint, relation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from knn_diffusion import images
+from knn_diffusion.device import choose_dtype
+from knn_diffusion.models.small_encoder import CaptionMemory, SmallEncoder
+from knn_diffusion.training.captioned import CaptionedImages
+
+MOST_ANCHORS = 4096
+SHARED_BY = 2
+RIDGE = 1e-4
+AT_ONCE = 128
+
+
+@torch.inference_mode()
+def fitted(network: SmallEncoder, pairs: CaptionedImages) -> SmallEncoder:
+    """An encoder with the same image tower and a text head fitted to these pictures and captions.
+
+    Remembered are the plainest captions that at least two pictures share, the most frequent first. Without any such
+    caption the encoder is returned as it is.
+    """
+    kept = _anchors(pairs.caption_rows[:, 0])
+    if len(kept) == 0:
+        return network
+    places = _embedded(network, pairs)
+    mean = places.mean(0)
+    sentences = torch.from_numpy(np.asarray(pairs.sentences, np.float32))
+    with torch.random.fork_rng(devices=[]):
+        made = SmallEncoder(replace(network.config, anchors=len(kept)))
+    made.image_tower.load_state_dict(network.image_tower.state_dict())
+    assert made.memory is not None
+    _fill(made.memory, sentences[kept], _mean_places(places - mean, pairs.caption_rows[:, 0], kept))
+    texts = sentences[pairs.caption_rows.astype(np.int64)].flatten(0, 1)
+    told = torch.cat([made.memory(some) for some in texts.split(4096)])
+    left = (places - mean).repeat_interleave(pairs.caption_rows.shape[1], 0) - told
+    weight, bias = _ridge(texts, left)
+    made.text_head.weight.copy_(weight)
+    made.text_head.bias.copy_(bias + mean)
+    return made.to(network.text_head.weight.device)
+
+
+def _anchors(plain: Int[np.ndarray, "items"]) -> Int[np.ndarray, "anchors"]:
+    rows, counts = np.unique(plain, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return rows[order[counts[order] >= SHARED_BY]][:MOST_ANCHORS].astype(np.int64)
+
+
+def _embedded(network: SmallEncoder, pairs: CaptionedImages) -> Float[Tensor, "items dim"]:
+    device = network.text_head.weight.device
+    bfloat16 = choose_dtype(device) == torch.bfloat16
+    rows = []
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+        for start in range(0, len(pairs), AT_ONCE):
+            pixels = images.pixels_from_uint8(np.asarray(pairs.pixels[start : start + AT_ONCE]))
+            rows.append(network.embed_images(pixels.to(device)).cpu())
+    return torch.cat(rows)
+
+
+def _mean_places(
+    places: Float[Tensor, "items dim"], plain: Int[np.ndarray, "items"], kept: Int[np.ndarray, "anchors"]
+) -> Float[Tensor, "anchors dim"]:
+    """Mean place of the pictures of each kept caption."""
+    slot_of = {int(row): slot for slot, row in enumerate(kept)}
+    slots = torch.tensor([slot_of.get(int(row), len(kept)) for row in plain])
+    total = torch.zeros(len(kept) + 1, places.shape[1]).index_add_(0, slots, places)
+    return (total / torch.bincount(slots, minlength=len(kept) + 1).clamp_min(1)[:, None])[: len(kept)]
+
+
+def _fill(
+    memory: CaptionMemory, sentences: Float[Tensor, "anchors text_width"], places: Float[Tensor, "anchors dim"]
+) -> None:
+    """Remember these captions; they are compared along their principal components, half-whitened.
+
+    So no trait that many captions share, such as naming an animal, drowns the others.
+    """
+    center = sentences.double().mean(0)
+    spread = (sentences.double() - center).T @ (sentences.double() - center) / len(sentences)
+    values, vectors = torch.linalg.eigh(spread)
+    width = len(memory.project)
+    values, vectors = values.flip(0)[:width].clamp_min(0), vectors.flip(1)[:, :width]
+    memory.center.copy_(center)
+    memory.project.copy_((vectors * (values + 1e-3 * values.mean()) ** -0.25).T)
+    memory.keys.copy_(memory.compared(sentences))
+    memory.places.copy_(places)
+
+
+def _ridge(
+    x: Float[Tensor, "texts text_width"], y: Float[Tensor, "texts dim"]
+) -> tuple[Float[Tensor, "dim text_width"], Float[Tensor, "dim"]]:
+    """Weight and bias of the ridge regression of y on x."""
+    x_mean, y_mean = x.double().mean(0), y.double().mean(0)
+    centered = x.double() - x_mean
+    gram = centered.T @ centered / len(x) + RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(gram, centered.T @ (y.double() - y_mean) / len(x)).T
+    return weight.float(), (y_mean - weight @ x_mean).float()

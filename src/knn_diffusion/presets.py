@@ -17,14 +17,16 @@ from knn_diffusion.training.loop import TrainingConfig
 from knn_diffusion.training.tokenizer import TokenizerLossConfig, TokenizerRun
 
 ENCODERS: dict[str, EncoderRun] = {
-    # The bundled encoder where no GPU is at hand: 1,600 steps of 256 pictures at 0.7 s on one core, 19 minutes.
-    "stickers-cpu": EncoderRun(training=small_training(1600)),
-    # The bundled encoder on one GPU, and more scenes to learn from.
+    # The bundled encoder where no GPU is at hand: 2,000 steps of 256 pictures at 0.75 s on one core, 26 minutes, and 8 before
+    # for drawing and reading captions. Of 149 everyday words 74 % find the right concept among five.
+    "stickers-cpu": EncoderRun(training=small_training(2000)),
+    # For one GPU, with more scenes to learn from; not run yet.
     "stickers-gpu": EncoderRun(training=small_training(6000), scenes=90_000),
 }
 
 TOKENIZERS: dict[str, TokenizerRun] = {
-    # The bundled tokenizer where no GPU is at hand: 1,400 steps at 0.45-0.9 s on one core, 16 minutes, no adversarial term yet.
+    # The bundled tokenizer where no GPU is at hand: 1,400 steps at 0.9 s on one busy core, 25 minutes, PSNR 25.0;
+    # it ends before the discriminator starts.
     "stickers-cpu": TokenizerRun(
         tokenizer=TokenizerConfig(codebook_decay=0.97, restart_share=0.3),
         training=TrainingConfig(
@@ -39,7 +41,7 @@ TOKENIZERS: dict[str, TokenizerRun] = {
             checkpoint_every=250,
         ),
     ),
-    # The bundled tokenizer on one GPU: wider, longer, and sharpened by the discriminator in the second half.
+    # For one GPU, not run yet: wider, longer, and sharpened by the discriminator in the second half.
     "stickers-gpu": TokenizerRun(
         tokenizer=TokenizerConfig(channels=128, decoder_blocks=3, codebook_decay=0.97, restart_share=0.3),
         training=TrainingConfig(
@@ -57,7 +59,7 @@ TOKENIZERS: dict[str, TokenizerRun] = {
         ),
         loss=TokenizerLossConfig(discriminator_start=4000, adversarial_start=5000),
     ),
-    # The size of the paper's tokenizer (A.1), for photographs of 256 pixels; many GPU hours.
+    # The size of the paper's tokenizer (A.1), for photographs of 256 pixels; not run yet.
     "paper-photo": TokenizerRun(
         tokenizer=PAPER_TOKENIZER,
         training=TrainingConfig(
@@ -74,7 +76,8 @@ def _denoiser(config: DenoiserConfig, training: TrainingConfig, **others: object
 
 
 DENOISERS: dict[str, DenoiserRun] = {
-    # The bundled model where no GPU is at hand: 64 pixels, 16×16 tokens, two cores.
+    # The bundled model where no GPU is at hand: 64 pixels, 16×16 tokens; 43 minutes at 0.86 s a step on one core. Colours and
+    # rough shapes: the judge recognises 30 % of the objects among five, 91 % of the backgrounds.
     "stickers-cpu": _denoiser(
         DenoiserConfig(
             vocab_size=1024, grid=16, width=256, depth=6, heads=4, condition_dim=256, num_steps=100, patch_size=2
@@ -92,7 +95,7 @@ DENOISERS: dict[str, DenoiserRun] = {
         loss=LossConfig(aux_weight=2e-2),
         conditioning=ConditioningConfig(query_dropout=0.5),
     ),
-    # The bundled model on one GPU: the same tokens, one place of the transformer for each.
+    # For one GPU, not run yet: the same tokens, one place of the transformer for each.
     "stickers-gpu": _denoiser(
         DenoiserConfig(vocab_size=1024, grid=16, width=384, depth=10, heads=6, condition_dim=256, num_steps=100),
         TrainingConfig(
@@ -109,7 +112,7 @@ DENOISERS: dict[str, DenoiserRun] = {
         loss=LossConfig(aux_weight=2e-2),
         conditioning=ConditioningConfig(query_dropout=0.5),
     ),
-    # The paper's configuration (A.1-A.3) with VQ-Diffusion's optimizer; many GPUs.
+    # The paper's configuration (A.1-A.3) with VQ-Diffusion's optimizer, for many GPUs; not run yet.
     "paper-photo": DenoiserRun(
         denoiser=PAPER,
         schedule=Schedule(num_steps=PAPER.num_steps, vocab_size=PAPER.vocab_size, preset="released"),

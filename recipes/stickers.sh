@@ -14,7 +14,7 @@ runs=recipes/runs/$hardware
 python=${PYTHON:-.venv/bin/python}
 knn="$python -m knn_diffusion"
 preset=stickers-$hardware
-scenes=$([ "$hardware" = gpu ] && echo 90000 || echo 40000)
+scenes=$([ "$hardware" = gpu ] && echo 60000 || echo 40000)
 mkdir -p "$runs"
 
 # Later stages stand on finished earlier ones: a slice that ran out ends the script here.

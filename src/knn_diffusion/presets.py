@@ -21,7 +21,7 @@ ENCODERS: dict[str, EncoderRun] = {
     # for drawing and reading captions. Of 149 everyday words 74 % find the right concept among five.
     "stickers-cpu": EncoderRun(training=small_training(2000)),
     # For one GPU, with more scenes to learn from; not run yet.
-    "stickers-gpu": EncoderRun(training=small_training(6000), scenes=90_000),
+    "stickers-gpu": EncoderRun(training=small_training(6000), scenes=60_000),
 }
 
 TOKENIZERS: dict[str, TokenizerRun] = {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from knn_diffusion.checkpoint import CONFIG_FILE, atomic_folder, save_part
 from knn_diffusion.config import config, read_mapping, require, to_dict
+from knn_diffusion.device import choose_device
 from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
 from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss
 from knn_diffusion.diffusion.process import Schedule, q_sample
@@ -169,6 +170,7 @@ class DenoiserObjective:
             config=SamplerConfig(num_steps=min(16, self.run.schedule.num_steps), guidance_scale=2.0),
             grid=self.run.denoiser.grid,
             generators=[generator_for("preview", number) for number in range(count)],
+            device=device,
         )
         self.tokenizer.to(device)
         rows = [self.tokenizer.decode(t) for t in (batch["tokens"], tokens)]
@@ -229,7 +231,7 @@ class DenoiserObjective:
             **facts,
         }
         save_part(folder / "denoiser", kind="denoiser", config=self.run.denoiser, weights=weights, extra=extra)
-        sampler = SamplerConfig(num_steps=min(16, self.run.schedule.num_steps), order="halton", guidance_scale=3.0)
+        sampler = SamplerConfig(num_steps=min(16, self.run.schedule.num_steps), order="halton", guidance_scale=1.5)
         write_pipeline_file(
             folder,
             name=folder.absolute().parent.name,
@@ -266,6 +268,7 @@ def train_denoiser(
     check_output(output, resume)
     tokenizer_folder = _tokenizer_folder(tokenizer, init)
     parts, _ = load_tokenizer(tokenizer_folder)
+    parts.to(choose_device(device))
     pixels = load_pixels(sources, parts.config.image_size, output / "cache", report)
     data = prepare(pixels, index, parts, run.conditioning.k, output / "cache", report)
     training, validation = data.split(validation_count(len(data)))

@@ -25,7 +25,7 @@ ENCODERS: dict[str, EncoderRun] = {
 }
 
 TOKENIZERS: dict[str, TokenizerRun] = {
-    # The bundled tokenizer where no GPU is at hand: 1,400 steps at 0.9 s on one busy core, 25 minutes, PSNR 25.0;
+    # The bundled tokenizer where no GPU is at hand: 1,400 steps at 0.9 s on one busy core, 21 minutes, PSNR 25.0;
     # it ends before the discriminator starts.
     "stickers-cpu": TokenizerRun(
         tokenizer=TokenizerConfig(codebook_decay=0.97, restart_share=0.3),
@@ -76,7 +76,7 @@ def _denoiser(config: DenoiserConfig, training: TrainingConfig, **others: object
 
 
 DENOISERS: dict[str, DenoiserRun] = {
-    # The bundled model where no GPU is at hand: 64 pixels, 16×16 tokens; 43 minutes at 0.86 s a step on one core. Colours and
+    # The bundled model where no GPU is at hand: 64 pixels, 16×16 tokens; 39 minutes at 0.87 s a step on one core. Colours and
     # rough shapes: the judge recognises 30 % of the objects among five, 91 % of the backgrounds.
     "stickers-cpu": _denoiser(
         DenoiserConfig(

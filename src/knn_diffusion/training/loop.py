@@ -6,7 +6,6 @@ A run is a pure function of (objective, dataset, configuration): the data order 
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -21,17 +20,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from knn_diffusion.checkpoint import atomic_write_bytes
 from knn_diffusion.config import config, require
 from knn_diffusion.device import choose_device, choose_dtype
 from knn_diffusion.errors import TrainingError, UsageError
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from knn_diffusion.training.data import Batch, Dataset
+from knn_diffusion.training.log import Log, open_log
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
-Log = Callable[[Mapping[str, float | int], Image.Image | None], None]
-"""Writes down one line of figures, and a picture if there is one."""
 
 
 @config
@@ -175,7 +172,7 @@ def train(
     _resume(run)
     started = time.monotonic()
     metrics: dict[str, float] = {}
-    with _stop_on_interrupt() as interrupted, _log(run) as log:
+    with _stop_on_interrupt() as interrupted, open_log(run.output, run.step) as log:
         while run.step < config.num_steps:
             metrics = _step(run, dataset)
             due = run.step == config.num_steps
@@ -352,51 +349,3 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(asked)
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _log(run: _Run) -> Iterator[Log]:
-    """metrics.jsonl always, previews as PNG, TensorBoard when it is installed."""
-    run.output.mkdir(parents=True, exist_ok=True)
-    path = run.output / "metrics.jsonl"
-    _forget_after(path, run.step)
-    board = _tensorboard(run.output / "tensorboard", run.step)
-    with path.open("a", encoding="utf-8") as lines:
-
-        def log(metrics: Mapping[str, float | int], preview: Image.Image | None) -> None:
-            lines.write(json.dumps(metrics) + "\n")
-            lines.flush()
-            if board is not None:
-                for name, value in metrics.items():
-                    board.add_scalar(name, value, run.step)  # type: ignore[attr-defined]
-            if preview is not None:
-                (run.output / "previews").mkdir(exist_ok=True)
-                preview.save(run.output / "previews" / f"step-{run.step:07d}.png")
-
-        yield log
-    if board is not None:
-        board.close()  # type: ignore[attr-defined]
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop log lines of steps that a resumed run will do again, and one that a crash cut short."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = (line + "\n" for line in lines if (logged := _logged_step(line)) is not None and logged <= step)
-        atomic_write_bytes(path, "".join(kept).encode())
-
-
-def _logged_step(line: str) -> int | None:
-    """The step a line of metrics.jsonl tells of, None when it is no whole line."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _tensorboard(folder: Path, step: int) -> object | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -18,6 +18,7 @@ from knn_diffusion.models.encoders import SmallJointEncoder, load_encoder
 from knn_diffusion.models.small_encoder import SmallEncoder
 from knn_diffusion.models.text_tower import save_text_tower
 from knn_diffusion.training.captioned import CaptionedImages, folder_pairs, holds, sticker_pairs, told_facts
+from knn_diffusion.training.closed_form import fitted
 from knn_diffusion.training.encoder import (
     EncoderLossConfig,
     EncoderObjective,
@@ -26,7 +27,6 @@ from knn_diffusion.training.encoder import (
 )
 from knn_diffusion.training.encoder_benchmark import EncoderBenchmark, looks_probe, sticker_benchmark
 from knn_diffusion.training.loop import TrainingConfig, train
-from knn_diffusion.training.text_head import fitted
 
 GLYPHS = stickers.FolderGlyphs(Path(__file__).parent / "fixtures" / "glyphs")
 
@@ -156,10 +156,44 @@ def test_a_remembered_caption_lies_at_the_mean_of_its_pictures(pairs: CaptionedI
     np.testing.assert_allclose(made.memory.places[slot].numpy(), expected, atol=2e-2)
 
 
-def test_captions_that_no_two_pictures_share_leave_the_head_as_it_was(pairs: CaptionedImages) -> None:
+@pytest.mark.parametrize("looks", [0, 5])
+def test_captions_that_no_two_pictures_share_leave_the_head_as_it_was(pairs: CaptionedImages, looks: int) -> None:
     rows = np.arange(len(pairs) * 2, dtype=np.int32).reshape(-1, 2)
     network = tiny_encoder().network
-    assert fitted(network, replace(pairs, caption_rows=rows)) is network
+    made = fitted(network, replace(pairs, caption_rows=rows), looks)
+    sentences = torch.from_numpy(pairs.sentences[:9].astype(np.float32))
+    with torch.no_grad():
+        texts, before = made.embed_texts(sentences), network.embed_texts(sentences)
+    torch.testing.assert_close(texts[:, : network.config.dim], before)
+    assert not texts[:, network.config.dim :].any()
+
+
+def test_looks_are_the_principal_components_of_the_thumbnails(pairs: CaptionedImages) -> None:
+    network, pixels = tiny_encoder().network, np.asarray(pairs.pixels)
+    made = SmallJointEncoder(fitted(network, pairs, looks=7), tiny_sentences(max_tokens=100))
+    meaning = network.config.dim
+    assert made.dim == meaning + 7
+    vectors = made.encode_arrays(pixels)
+    np.testing.assert_allclose(np.linalg.norm(vectors[:, meaning:], axis=1), 0.5**0.5, atol=1e-5)
+    alone = SmallJointEncoder(network, made.sentences).encode_arrays(pixels)
+    np.testing.assert_allclose(vectors[:, :meaning], alone * 0.5**0.5, atol=1e-6)
+
+    step = pixels.shape[1] // network.config.looks_side
+    blocks = pixels.reshape(len(pixels), -1, step, pixels.shape[2] // step, step, 3) / 127.5 - 1
+    small = blocks.mean((2, 4)).transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+    centered = small - small.mean(0)
+    _, sizes, rows = np.linalg.svd(centered, full_matrices=False)
+    variances = sizes**2 / len(pixels)
+    expected = centered @ rows[:7].T / np.sqrt(variances[:7] + 1e-4 * variances.sum())
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    found = vectors[:, meaning:] / 0.5**0.5
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=2e-3)  # a component's sign is free
+
+
+def test_looks_can_be_fitted_again_and_taken_away(pairs: CaptionedImages) -> None:
+    made = fitted(tiny_encoder().network, pairs, looks=7)
+    assert torch.equal(fitted(made, pairs, looks=7).text_head.weight, made.text_head.weight)
+    assert torch.equal(fitted(made, pairs).text_head.weight, fitted(tiny_encoder().network, pairs).text_head.weight)
 
 
 def test_the_same_seed_gives_the_same_first_weights(benchmark: EncoderBenchmark) -> None:

@@ -29,10 +29,10 @@ from knn_diffusion.models.small_encoder import (
 from knn_diffusion.models.text_tower import SentenceEncoder, open_text_tower
 from knn_diffusion.randomness import derive_seed
 from knn_diffusion.training.captioned import CaptionedImages, folder_pairs, sticker_pairs
+from knn_diffusion.training.closed_form import fitted
 from knn_diffusion.training.data import Batch, Reporter
 from knn_diffusion.training.encoder_benchmark import PROBE_SIDE, EncoderBenchmark, sticker_benchmark
 from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, train
-from knn_diffusion.training.text_head import fitted
 
 BUNDLED_TEXT_TOWER = BUNDLES / "stickers" / "encoder" / TEXT_FOLDER
 
@@ -87,6 +87,8 @@ class EncoderRun:
     """How long and how fast."""
     scenes: int = 24_000
     """Sticker scenes to draw where no captioned pictures are given."""
+    looks: int = 256
+    """Principal components of the thumbnail that are added to H when the steps are done; 0 for none."""
     captions_each: int = 4
     """Captions of each scene, the bare names first; one of them is drawn each time the scene is seen."""
     text_tower: str | None = None
@@ -94,6 +96,7 @@ class EncoderRun:
 
     def __post_init__(self) -> None:
         require(self.scenes >= 1, "scenes", self.scenes, "at least 1")
+        require(self.looks >= 0, "looks", self.looks, "at least 0")
         require(self.captions_each >= 1, "captions_each", self.captions_each, "at least 1")
         divides = self.encoder.size % self.losses.thumbnail == 0
         require(divides, "losses.thumbnail", self.losses.thumbnail, f"a divisor of encoder.size {self.encoder.size}")
@@ -197,19 +200,19 @@ def train_encoder(
     )
     if not result.finished:
         return result
-    figures = finish_encoder(output / "model", pairs, objective.benchmark, device)
+    figures = finish_encoder(output / "model", pairs, objective.benchmark, looks=run.looks, device=device)
     return replace(result, metrics=result.metrics | {f"fitted/{name}": value for name, value in figures.items()})
 
 
 def finish_encoder(
-    folder: Path, pairs: CaptionedImages, benchmark: EncoderBenchmark, device: str = "auto"
+    folder: Path, pairs: CaptionedImages, benchmark: EncoderBenchmark, *, looks: int, device: str = "auto"
 ) -> dict[str, float]:
-    """Fit the text head of a trained encoder to its images, in place; the image tower does not change.
+    """Add the looks to a trained encoder and fit its text head to its images, in place; the image tower does not change.
 
     Returns: the benchmark's figures afterwards.
     """
     encoder = load_small_encoder(folder).to(choose_device(device))
-    made = SmallJointEncoder(fitted(encoder.network, pairs), encoder.sentences, encoder.name, encoder.facts)
+    made = SmallJointEncoder(fitted(encoder.network, pairs, looks), encoder.sentences, encoder.name, encoder.facts)
     metrics = benchmark.judge(made)
     made.facts["metrics"] = metrics
     save_encoder(made, folder)

@@ -1,8 +1,8 @@
-"""The text head of a trained encoder, fitted in closed form: a caption goes where the pictures it describes lie.
+"""What is added to a trained encoder in closed form: the looks, and a text head that puts a caption where its pictures lie.
 
 A contrastive loss leaves captions and pictures apart: it is content when the right one comes first among a batch. Here the
 mean picture vector of a caption is estimated instead: by remembered plain captions (what is shown), and by a ridge
-regression of what these leave unexplained (background, tint, relation).
+regression of what these leave unexplained (background, tint, relation). The looks are principal components of thumbnails.
 """
 
 from __future__ import annotations
@@ -16,32 +16,38 @@ from torch import Tensor
 
 from knn_diffusion import images
 from knn_diffusion.device import choose_dtype
-from knn_diffusion.models.small_encoder import CaptionMemory, SmallEncoder
+from knn_diffusion.models.small_encoder import CaptionMemory, Looks, SmallEncoder
 from knn_diffusion.training.captioned import CaptionedImages
 
 MOST_ANCHORS = 4096
 SHARED_BY = 2
 RIDGE = 1e-4
+LOOKS_FLOOR = 1e-4
+"""Added to each component's variance before whitening, as a share of the whole."""
 AT_ONCE = 128
 
 
 @torch.inference_mode()
-def fitted(network: SmallEncoder, pairs: CaptionedImages) -> SmallEncoder:
-    """An encoder with the same image tower and a text head fitted to these pictures and captions.
+def fitted(network: SmallEncoder, pairs: CaptionedImages, looks: int = 0) -> SmallEncoder:
+    """An encoder with the same image tower, `looks` coordinates beside it, and a text head fitted to these pictures.
 
     Remembered are the plainest captions that at least two pictures share, the most frequent first. Without any such
-    caption the encoder is returned as it is.
+    caption the text head stays as it was trained, and texts say nothing of looks.
     """
     kept = _anchors(pairs.caption_rows[:, 0])
-    if len(kept) == 0:
-        return network
-    places = _embedded(network, pairs)
+    cfg = network.config
+    with torch.random.fork_rng(devices=[]):
+        made = SmallEncoder(replace(cfg, dim=cfg.dim - cfg.looks + looks, looks=looks, anchors=len(kept)))
+    made.to(network.text_head.weight.device)
+    made.image_tower.load_state_dict(network.image_tower.state_dict())
+    if made.looks is not None:
+        _fit_looks(made.looks, pairs)
+    if made.memory is None:
+        return _with_head_of(network, made)
+    places = _embedded(made, pairs)
     mean = places.mean(0)
     sentences = torch.from_numpy(np.asarray(pairs.sentences, np.float32))
-    with torch.random.fork_rng(devices=[]):
-        made = SmallEncoder(replace(network.config, anchors=len(kept)))
-    made.image_tower.load_state_dict(network.image_tower.state_dict())
-    assert made.memory is not None
+    made.cpu()
     _fill(made.memory, sentences[kept], _mean_places(places - mean, pairs.caption_rows[:, 0], kept))
     texts = sentences[pairs.caption_rows.astype(np.int64)].flatten(0, 1)
     told = torch.cat([made.memory(some) for some in texts.split(4096)])
@@ -50,6 +56,33 @@ def fitted(network: SmallEncoder, pairs: CaptionedImages) -> SmallEncoder:
     made.text_head.weight.copy_(weight)
     made.text_head.bias.copy_(bias + mean)
     return made.to(network.text_head.weight.device)
+
+
+def _with_head_of(network: SmallEncoder, made: SmallEncoder) -> SmallEncoder:
+    meaning = made.config.dim - made.config.looks
+    for to, trained in zip(made.text_head.parameters(), network.text_head.parameters(), strict=True):
+        to.zero_()
+        to[:meaning].copy_(trained[:meaning])
+    return made
+
+
+def _fit_looks(looks: Looks, pairs: CaptionedImages) -> None:
+    """Take the thumbnails' principal components; those that hardly vary are not blown up to the size of the others."""
+    width = len(looks.center)
+    total = torch.zeros(width, dtype=torch.float64)
+    squares = torch.zeros(width, width, dtype=torch.float64)
+    for start in range(0, len(pairs), AT_ONCE):
+        pixels = images.pixels_from_uint8(np.asarray(pairs.pixels[start : start + AT_ONCE]))
+        rows = looks.thumbnails(pixels).double()
+        total += rows.sum(0)
+        squares += rows.T @ rows
+    center = total / len(pairs)
+    values, vectors = torch.linalg.eigh(squares / len(pairs) - torch.outer(center, center))
+    count = len(looks.project)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    scale = (values[:count] + LOOKS_FLOOR * values.sum()).rsqrt()
+    looks.center.copy_(center)
+    looks.project.copy_((vectors[:, :count] * scale).T)
 
 
 def _anchors(plain: Int[np.ndarray, "items"]) -> Int[np.ndarray, "anchors"]:

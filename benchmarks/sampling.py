@@ -33,7 +33,8 @@ from knn_diffusion.device import choose_device, choose_dtype
 from knn_diffusion.diffusion.conditioning import make_condition, null_condition
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.diffusion.sampling import SamplerConfig, sample
-from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig, PreparedCondition
+from knn_diffusion.models.cross_attention import PreparedCondition
+from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig
 from knn_diffusion.randomness import generator_for
 
 SIZES = {

@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from knn_diffusion.errors import ConfigError, FingerprintError, UsageError
-from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig, PreparedCondition
+from knn_diffusion.models.cross_attention import PreparedCondition
+from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig
 from knn_diffusion.shapes import Condition
 
 SMALL = DenoiserConfig(
     vocab_size=11, grid=4, width=32, depth=2, heads=4, condition_dim=12, num_steps=10, mlp_ratio=2, step_width=16
 )
+MAPS = pytest.mark.parametrize("map_width", [0, 16])
 
 
 def make(seed: int = 0, **changes: object) -> Denoiser:
@@ -58,14 +60,34 @@ def test_folded_cross_attention_equals_the_textbook(bias: bool) -> None:
     torch.testing.assert_close(folded.double(), dense_cross_attention(block, h, y, present), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("patch_size", [1, 2])
-def test_null_condition_equals_the_network_without_cross_attention(
-    patch_size: int, monkeypatch: pytest.MonkeyPatch
+def test_what_a_place_reads_from_the_maps_equals_the_textbook() -> None:
+    denoiser = make(map_width=32, patch_size=2).double()
+    layer, maps_of = denoiser.map_attention["0"], denoiser.slot_maps
+    h, y = torch.randn(2, 4, SMALL.width).double(), torch.randn(2, 5, SMALL.condition_dim).double()
+    present = torch.tensor([[True] * 5, [True, False, True, True, False]])
+    read = layer(h, maps_of(y, present))
+    for row in range(2):
+        for place in range(4):
+            cells = maps_of.lay_out(y[row]).unflatten(-1, (4, 40))[present[row], place]  # slots (8 keys, 32 values)
+            query = layer.query(functional.layer_norm(h[row, place], (SMALL.width,)))
+            parts = []
+            for head in range(4):
+                keys, values = cells[:, :8][:, 2 * head : 2 * head + 2], cells[:, 8:][:, 8 * head : 8 * head + 8]
+                weights = (keys @ query[2 * head : 2 * head + 2] / 2**0.5).softmax(0)
+                parts.append(weights @ values)
+            torch.testing.assert_close(read[row, place], layer.output(torch.cat(parts)))
+
+
+@pytest.mark.parametrize("options", [{}, {"patch_size": 2}, {"map_width": 16}], ids=str)
+def test_null_condition_equals_the_network_without_what_reads_y(
+    options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    denoiser, (x_n, step) = make(patch_size=patch_size), random_inputs()
+    denoiser, (x_n, step) = make(**options), random_inputs()
     with_null = denoiser(x_n, step, null(random_condition()))
     for block in denoiser.blocks:
         monkeypatch.setattr(block.cross_attention, "forward", lambda h, *_: torch.zeros_like(h))
+    for layer in denoiser.map_attention.values():
+        monkeypatch.setattr(layer, "forward", lambda h, _: torch.zeros_like(h))
     assert torch.equal(with_null, denoiser(x_n, step, random_condition()))
 
 
@@ -76,13 +98,15 @@ def test_condition_matters_and_so_does_the_step() -> None:
     assert not torch.allclose(out, denoiser(x_n, SMALL.num_steps + 1 - step, condition), atol=1e-4)
 
 
-def test_prepared_condition_equals_the_condition() -> None:
-    denoiser, (x_n, step), condition = make(), random_inputs(), random_condition()
+@MAPS
+def test_prepared_condition_equals_the_condition(map_width: int) -> None:
+    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
     assert torch.equal(denoiser(x_n, step, denoiser.prepare(condition)), denoiser(x_n, step, condition))
 
 
-def test_absent_neighbors_equal_a_shorter_list() -> None:
-    denoiser, (x_n, step), full = make(), random_inputs(), random_condition(slots=6)
+@MAPS
+def test_absent_neighbors_equal_a_shorter_list(map_width: int) -> None:
+    denoiser, (x_n, step), full = make(map_width=map_width), random_inputs(), random_condition(slots=6)
     shorter = Condition(y=full.y[:, :4], present=full.present[:, :4])
     absent = Condition(y=full.y, present=full.present & (torch.arange(6) < 4))
     torch.testing.assert_close(denoiser(x_n, step, absent), denoiser(x_n, step, shorter))
@@ -90,16 +114,18 @@ def test_absent_neighbors_equal_a_shorter_list() -> None:
     assert not torch.allclose(denoiser(x_n, step, padded), denoiser(x_n, step, shorter), atol=1e-4)
 
 
-def test_a_row_without_any_present_slot_equals_the_null() -> None:
-    denoiser, (x_n, step), condition = make(), random_inputs(), random_condition()
+@MAPS
+def test_a_row_without_any_present_slot_equals_the_null(map_width: int) -> None:
+    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
     nothing = Condition(y=condition.y, present=torch.zeros_like(condition.present))
     assert torch.equal(denoiser(x_n, step, nothing), denoiser(x_n, step, null(condition)))
     denoiser(x_n, step, nothing).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in denoiser.parameters() if p.grad is not None)
 
 
-def test_order_of_neighbors_does_not_matter_but_the_query_has_its_place() -> None:
-    denoiser, (x_n, step), condition = make(), random_inputs(), random_condition()
+@MAPS
+def test_order_of_neighbors_does_not_matter_but_the_query_has_its_place(map_width: int) -> None:
+    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
     out = denoiser(x_n, step, condition)
     shuffled = replace(condition, y=condition.y[:, [0, 3, 1, 2]])
     torch.testing.assert_close(denoiser(x_n, step, shuffled), out)
@@ -113,8 +139,9 @@ def test_query_alone_and_one_neighbor_are_conditions_too(slots: int) -> None:
     assert denoiser(x_n, step, random_condition(slots=slots)).isfinite().all()
 
 
-def test_both_halves_of_guidance_as_one_batch_equal_them_separately() -> None:
-    denoiser, (x_n, step), condition = make(), random_inputs(), random_condition()
+@MAPS
+def test_both_halves_of_guidance_as_one_batch_equal_them_separately(map_width: int) -> None:
+    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
     halves = [denoiser.prepare(condition), denoiser.prepare(null(condition))]
     both = denoiser(torch.cat([x_n, x_n]), torch.cat([step, step]), PreparedCondition.cat(halves))
     apart = torch.cat([denoiser(x_n, step, half) for half in halves])
@@ -122,20 +149,63 @@ def test_both_halves_of_guidance_as_one_batch_equal_them_separately() -> None:
 
 
 @pytest.mark.parametrize("rows", [slice(1, 3), [2, 0], torch.tensor([1, 1])])
-def test_selected_rows_equal_the_condition_of_those_images(rows: slice | list[int] | Tensor) -> None:
-    denoiser, (x_n, step), condition = make(), random_inputs(), random_condition()
+@MAPS
+def test_selected_rows_equal_the_condition_of_those_images(rows: slice | list[int] | Tensor, map_width: int) -> None:
+    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
     picked = denoiser.prepare(condition).select(rows)
     expected = denoiser(x_n, step, condition)[rows]
     torch.testing.assert_close(denoiser(x_n[rows], step[rows], picked), expected)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_every_patch_size_has_the_same_interface_and_learns_everywhere(patch_size: int) -> None:
-    denoiser, (x_n, step) = make(patch_size=patch_size), random_inputs()
+@MAPS
+def test_every_patch_size_has_the_same_interface_and_learns_everywhere(patch_size: int, map_width: int) -> None:
+    denoiser, (x_n, step) = make(patch_size=patch_size, map_width=map_width), random_inputs()
     logits = denoiser(x_n, step, random_condition())
     assert logits.shape == (3, SMALL.seq, SMALL.vocab_size)
     (logits * torch.randn_like(logits)).sum().backward()
     assert [name for name, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def with_codes(seed: int = 0, **options: int) -> Denoiser:
+    denoiser = make(seed, code_dim=3, **options)
+    torch.manual_seed(seed + 1)
+    denoiser.code_traits.take(torch.randn(SMALL.vocab_size, 3) * torch.tensor([2.0, 1.0, 0.1]))
+    return denoiser
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_code_traits_add_to_every_row_of_table_and_head(patch_size: int) -> None:
+    denoiser, (x_n, step), condition = with_codes(patch_size=patch_size), random_inputs(), random_condition()
+    plain, traits = make(patch_size=patch_size), denoiser.code_traits
+    plain.load_state_dict({name: value for name, value in denoiser.state_dict().items() if "code_traits" not in name})
+    with torch.no_grad():
+        plain.token_table.weight[:-1] += traits.traits @ traits.table.weight.T
+        for number, rows in enumerate(plain.head.weight.view(patch_size**2, SMALL.vocab_size, -1)):
+            rows.add_(traits.traits @ traits.head.weight[6 * number : 6 * number + 6])
+    torch.testing.assert_close(denoiser(x_n, step, condition), plain(x_n, step, condition))
+    masked = torch.full_like(x_n, SMALL.mask_id)
+    torch.testing.assert_close(denoiser.embed(masked), plain.embed(masked))
+
+
+def test_logits_of_traits_can_be_any_normal_distribution_over_latents() -> None:
+    codes = torch.randn(40, 3, dtype=torch.float64)
+    traits = with_codes().double().code_traits
+    traits.register_buffer("traits", torch.zeros(40, 6, dtype=torch.float64))
+    traits.take(codes)
+    mean, precision = torch.tensor([0.3, -1.0, 0.5]).double(), torch.tensor([4.0, 0.5, 9.0]).double()
+    wanted = (-precision * (codes - mean).square() / 2).sum(1).log_softmax(0)
+    columns = torch.cat([traits.traits, torch.ones(40, 1, dtype=torch.float64)], dim=1)
+    weights = torch.linalg.lstsq(columns, wanted[:, None]).solution
+    torch.testing.assert_close((columns @ weights)[:, 0], wanted)
+
+
+def test_traits_are_saved_with_the_weights_and_learned_from() -> None:
+    denoiser, (x_n, step) = with_codes(), random_inputs()
+    assert "code_traits.traits" in denoiser.state_dict()
+    denoiser(x_n, step, random_condition()).square().sum().backward()
+    assert denoiser.code_traits.table.weight.grad.any()
+    assert denoiser.code_traits.head.weight.grad.any()
 
 
 def test_patches_are_squares_of_the_grid_going_in_and_out() -> None:
@@ -154,8 +224,9 @@ def test_patches_are_squares_of_the_grid_going_in_and_out() -> None:
     assert owner[[2, 3, 6, 7]].tolist() == [4, 5, 6, 7]
 
 
-def test_bfloat16_weights_and_autocast_stay_close_to_float32() -> None:
-    denoiser, (x_n, step), condition = make(), random_inputs(), random_condition()
+@MAPS
+def test_bfloat16_weights_and_autocast_stay_close_to_float32(map_width: int) -> None:
+    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
     with torch.no_grad():
         exact = denoiser(x_n, step, condition)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -202,6 +273,8 @@ def test_impossible_configurations_are_refused_with_field_value_and_rule() -> No
         replace(SMALL, patch_size=3)
     with pytest.raises(ConfigError, match="step_width must be even and at least 2, got 7"):
         replace(SMALL, step_width=7)
+    with pytest.raises(ConfigError, match="map_width must be a multiple of 16, got 24"):
+        replace(SMALL, map_width=24)
     for field in ("vocab_size", "grid", "width", "depth", "heads", "condition_dim", "num_steps", "mlp_ratio"):
         with pytest.raises(ConfigError, match=f"{field} must be at least 1, got 0: change {field}"):
             replace(SMALL, **{field: 0})

@@ -4,32 +4,38 @@
                                        AdaLN(n) → cross-attention to y
                                        LayerNorm → MLP ] ─▶ LayerNorm ─▶ logits over the vocabulary
 
+With `map_width` each slot of y is also laid out over the places, and before the first and the middle block a place reads
+its own cell of these maps. The paper has no such maps; what they are for stands at `SlotMaps`.
+
 Axis words beyond the legend of `shapes`: `depth` blocks; `places` positions of the transformer, (grid / patch_size)²;
 `pairs` (head, slot), slots fastest; `step_width` the hidden size of the step's embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from math import sqrt
 from typing import cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from knn_diffusion.config import config, require
 from knn_diffusion.errors import FingerprintError, UsageError
+from knn_diffusion.models.cross_attention import (
+    KEYS_PER_VALUE,
+    CrossAttention,
+    MapAttention,
+    PreparedCondition,
+    SlotMaps,
+)
 from knn_diffusion.shapes import Condition, Logits, Steps, Tokens
 
 FEW_PLACES = 256
 """Up to so many places attention by plain products is faster on a CPU than the fused kernel."""
-
-ABSENT = -3e4
-"""Score of an absent slot: softmax makes it 0, and float16 and bfloat16 hold it, unlike float32's minimum."""
 
 
 @config
@@ -44,6 +50,8 @@ class DenoiserConfig:
     mlp_ratio             hidden size of the MLP over width
     patch_size            p × p tokens share one place of the transformer; divides grid; 1 is the paper's
     step_width            hidden size of the step's embedding: AdaLN needs 4 · width · step_width weights per block
+    code_dim              width of the tokenizer's codes, when the denoiser is to know them (see `CodeTraits`); 0 is the paper's
+    map_width             channels of the map that each slot of y is laid out to, a multiple of 4 · heads; 0 is the paper's
     cross_attention_bias  biases as in VQ-Diffusion; then the null condition no longer removes cross-attention
     """
 
@@ -57,21 +65,31 @@ class DenoiserConfig:
     mlp_ratio: int = 4
     patch_size: int = 1
     step_width: int = 64
+    code_dim: int = 0
+    map_width: int = 0
     cross_attention_bias: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            require(isinstance(value, bool) or value >= 1, field.name, value, "at least 1")
+            least = 0 if field.name in ("map_width", "code_dim") else 1
+            require(isinstance(value, bool) or value >= least, field.name, value, f"at least {least}")
         require(self.width % self.heads == 0, "heads", self.heads, f"a divisor of width {self.width}")
         require(self.grid % self.patch_size == 0, "patch_size", self.patch_size, f"a divisor of grid {self.grid}")
         require(self.width % self.patch_size == 0, "patch_size", self.patch_size, f"a divisor of width {self.width}")
+        fits = self.map_width % (KEYS_PER_VALUE * self.heads) == 0
+        require(fits, "map_width", self.map_width, f"a multiple of {KEYS_PER_VALUE * self.heads}")
         require(self.step_width >= 2 and self.step_width % 2 == 0, "step_width", self.step_width, "even and at least 2")
 
     @property
     def seq(self) -> int:
         """Tokens of one image."""
         return self.grid**2
+
+    @property
+    def places(self) -> int:
+        """Positions of the transformer."""
+        return (self.grid // self.patch_size) ** 2
 
     @property
     def mask_id(self) -> int:
@@ -83,31 +101,6 @@ PAPER = DenoiserConfig(
     vocab_size=2887, grid=32, width=1024, depth=24, heads=16, condition_dim=512, num_steps=100, step_width=1024
 )
 """The paper's transformer: 24 blocks over 32 × 32 tokens of 2,887 codes; 487.1 M parameters (the paper says 470 M)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedCondition:
-    """y as every block's cross-attention reads it: made once per image by `Denoiser.prepare`, used at every step."""
-
-    keys: Float[Tensor, "depth batch width pairs"]
-    offsets: Float[Tensor, "depth batch 1 pairs"]
-    values: Float[Tensor, "depth batch pairs width"]
-
-    @staticmethod
-    def cat(parts: Sequence[PreparedCondition]) -> PreparedCondition:
-        """The rows of all parts as one batch, for instance the conditional and then the null half of guidance."""
-        return PreparedCondition(
-            keys=torch.cat([part.keys for part in parts], dim=1),
-            offsets=torch.cat([part.offsets for part in parts], dim=1),
-            values=torch.cat([part.values for part in parts], dim=1),
-        )
-
-    def select(self, rows: slice | Sequence[int] | Tensor) -> PreparedCondition:
-        """The given images only, in the given order."""
-        picked = rows if isinstance(rows, slice | Tensor) else list(rows)
-        return PreparedCondition(
-            keys=self.keys[:, picked], offsets=self.offsets[:, picked], values=self.values[:, picked]
-        )
 
 
 class StepEmbedding(nn.Module):
@@ -162,51 +155,37 @@ def attend(
     return functional.scaled_dot_product_attention(q, k, v)
 
 
-class CrossAttention(nn.Module):
-    """Attention to the slots of y, with the projections of the many places folded into the few keys and values.
+class CodeTraits(nn.Module):
+    """What is known of each code before training: its coordinates in the tokenizer's codebook, and their squares.
 
-    The score (W_q h)·k equals h·(W_qᵀ k), and the output W_o Σ p v equals Σ p (W_o v). W_qᵀ k and W_o v depend on y
-    alone, so `prepare` makes them once per image; a place then costs 2 · heads · slots · width products instead of
-    2 · width² and the attention. For the paper's 11 slots and 16 heads that is a sixth.
+    Logits that are linear in both are those of a normal distribution over latents, coordinate by coordinate: "a light red,
+    sure of it, of unknown texture". Rows of the token table and of the head are traits times a learned matrix, plus weights
+    of their own; so codes that look alike start alike, and what is learned of one holds for its like. VQ-Diffusion learns
+    every code from nothing.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
-        self.heads = config.heads
-        bias = config.cross_attention_bias
-        self.query = nn.Linear(config.width, config.width, bias=bias)
-        self.key_value = nn.Linear(config.condition_dim, 2 * config.width, bias=bias)
-        self.output = nn.Linear(config.width, config.width, bias=bias)
+        traits = 2 * config.code_dim
+        self.register_buffer("traits", torch.zeros(config.vocab_size, traits))
+        self.traits: Tensor
+        self.table = nn.Linear(traits, config.width // config.patch_size, bias=False)
+        self.head = nn.Linear(config.width, config.patch_size**2 * traits, bias=False)
 
-    def prepare(
-        self, y: Float[Tensor, "batch slots dim"], present: Bool[Tensor, "batch slots"]
-    ) -> tuple[Float[Tensor, "batch width pairs"], Float[Tensor, "batch 1 pairs"], Float[Tensor, "batch pairs width"]]:
-        """Keys, score offsets and values of y; an absent slot has the offset ABSENT and the value 0."""
-        k, v = rearrange(self.key_value(y), "b s (two n c) -> two b n s c", two=2, n=self.heads)
-        k = k / sqrt(k.shape[-1])
-        absent = ~present[:, None, :, None]  # batch 1 slots 1
-        keys = torch.einsum("bnsc,ncw->bwns", k, rearrange(self.query.weight, "(n c) w -> n c w", n=self.heads))
-        values = torch.einsum("bnsc,wnc->bnsw", v, rearrange(self.output.weight, "w (n c) -> w n c", n=self.heads))
-        offsets = torch.zeros_like(k[..., :1])
-        if self.query.bias is not None:
-            offsets = k @ rearrange(self.query.bias, "(n c) -> n c 1", n=self.heads)
-        offsets = offsets.masked_fill(absent, ABSENT)
-        values = values.masked_fill(absent, 0)  # a row without any present slot attends to zeros, as the null does
-        return keys.flatten(2), rearrange(offsets, "b n s 1 -> b 1 (n s)"), values.flatten(1, 2)
+    def take(self, codes: Float[Tensor, "vocab code_dim"]) -> None:
+        """Read the traits off a codebook: each coordinate, then each squared, all brought to mean 0 and deviation 1."""
+        traits = torch.cat([codes - codes.mean(0), (codes - codes.mean(0)).square()], dim=1)
+        traits = (traits - traits.mean(0)) / traits.std(0).clamp_min(1e-6)
+        self.traits.copy_(traits)
 
-    def forward(
-        self,
-        h: Float[Tensor, "batch places width"],
-        keys: Float[Tensor, "batch width pairs"],
-        offsets: Float[Tensor, "batch 1 pairs"],
-        values: Float[Tensor, "batch pairs width"],
-    ) -> Float[Tensor, "batch places width"]:
-        """Read from y what `prepare` made of it; a zero y gives exactly zero."""
-        scores = torch.baddbmm(offsets, h, keys)  # batch places pairs
-        scores = rearrange(scores, "b s (n slots) -> b s n slots", n=self.heads)
-        weights = scores.softmax(dim=-1).flatten(2)  # batch places pairs
-        out = torch.bmm(weights.to(values.dtype), values)  # batch places width
-        return out if self.output.bias is None else out + self.output.bias
+    def table_rows(self) -> Float[Tensor, "codes row"]:
+        """To be added to the token table; [MASK] has no traits."""
+        return functional.pad(self.table(self.traits), (0, 0, 0, 1))
+
+    def head_rows(self) -> Float[Tensor, "logits width"]:
+        """To be added to the weight of the head."""
+        per_token = rearrange(self.head.weight, "(q t) w -> q t w", t=self.traits.shape[1])
+        return torch.matmul(self.traits, per_token).flatten(0, 1)
 
 
 class Block(nn.Module):
@@ -215,7 +194,9 @@ class Block(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.self_attention = SelfAttention(config)
-        self.cross_attention = CrossAttention(config)
+        self.cross_attention = CrossAttention(
+            config.width, config.heads, config.condition_dim, bias=config.cross_attention_bias
+        )
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp_in = nn.Linear(config.width, config.mlp_ratio * config.width)
         self.mlp_out = nn.Linear(config.mlp_ratio * config.width, config.width)
@@ -256,18 +237,29 @@ class Denoiser(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.config = config
-        p, places = config.patch_size, config.grid // config.patch_size
+        p, side = config.patch_size, config.grid // config.patch_size
         self.token_table = nn.Embedding(config.vocab_size + 1, config.width // p)
         self.merge = nn.Identity() if p == 1 else nn.Linear(p * config.width, config.width)
-        self.row_table = nn.Parameter(torch.empty(places, 1, config.width))
-        self.column_table = nn.Parameter(torch.empty(places, config.width))
+        self.row_table = nn.Parameter(torch.empty(side, 1, config.width))
+        self.column_table = nn.Parameter(torch.empty(side, config.width))
         self.step_embedding = StepEmbedding(config)
         self.modulation = nn.Linear(config.step_width, config.depth * 4 * config.width)
         self.query_slot = nn.Linear(config.condition_dim, config.condition_dim, bias=False)
         self.neighbor_slots = nn.Linear(config.condition_dim, config.condition_dim, bias=False)
+        self.slot_maps: SlotMaps | None = None
+        if config.map_width:
+            self.slot_maps = SlotMaps(config.condition_dim, config.places, config.heads, config.map_width)
+        self.map_attention = nn.ModuleDict(
+            {
+                str(number): MapAttention(config.width, config.heads, config.map_width)
+                for number in (0, config.depth // 2)
+                if config.map_width
+            }
+        )
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.head_norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, p * p * config.vocab_size)
+        self.code_traits = CodeTraits(config) if config.code_dim else None
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -288,6 +280,9 @@ class Denoiser(nn.Module):
         # which would stop the gradient to everything behind it in the first step.
         for layer in (self.modulation, self.head):
             nn.init.normal_(layer.weight, std=0.1 * layer.in_features**-0.5)
+        if self.code_traits is not None:
+            traits = self.code_traits.traits.shape[1]
+            nn.init.normal_(self.code_traits.head.weight, std=0.1 * (traits * self.config.width) ** -0.5)
 
     @property
     def _blocks(self) -> list[Block]:
@@ -314,7 +309,8 @@ class Denoiser(nn.Module):
         y = torch.cat([self.query_slot(y[:, :1]), self.neighbor_slots(y[:, 1:])], dim=1)  # batch slots dim
         layers = [block.cross_attention.prepare(y, condition.present) for block in self._blocks]
         keys, offsets, values = (torch.stack(parts) for parts in zip(*layers, strict=True))
-        return PreparedCondition(keys=keys, offsets=offsets, values=values)
+        maps = None if self.slot_maps is None else self.slot_maps(y, condition.present)
+        return PreparedCondition(keys=keys, offsets=offsets, values=values, maps=maps)
 
     def modulate(self, step: Steps) -> Float[Tensor, "depth 4 batch 1 width"]:
         """AdaLN's scale and shift at the step: for each block self-attention's pair, then cross-attention's."""
@@ -340,15 +336,21 @@ class Denoiser(nn.Module):
         prepared = condition if isinstance(condition, PreparedCondition) else self.prepare(condition)
         h = self.embed(x_n)  # batch places width
         layers = zip(self.modulate(step), prepared.keys, prepared.offsets, prepared.values, strict=True)
-        for block, layer in zip(self.blocks, layers, strict=True):
+        for number, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
+            if prepared.maps is not None and str(number) in self.map_attention:
+                h = h + self.map_attention[str(number)](h, prepared.maps)
             h = block(h, *layer)  # batch places width
-        logits = self.head(self.head_norm(h))  # batch places (patch vocab)
+        rows = self.head.weight if self.code_traits is None else self.head.weight + self.code_traits.head_rows()
+        logits = functional.linear(self.head_norm(h), rows, self.head.bias)  # batch places (patch vocab)
         return self.unmerge(logits).float()  # batch seq vocab
 
     def embed(self, x_n: Tokens) -> Float[Tensor, "batch places width"]:
         """Embeddings of the tokens, p × p of them merged, plus where they stand."""
         p, side = self.config.patch_size, self.config.grid // self.config.patch_size
-        h = self.token_table(x_n)  # batch seq width/p
+        rows = self.token_table.weight
+        if self.code_traits is not None:
+            rows = rows + self.code_traits.table_rows()
+        h = functional.embedding(x_n, rows)  # batch seq width/p
         if p > 1:
             h = rearrange(h, "b (i p j q) w -> b (i j) (p q w)", i=side, j=side, p=p, q=p)  # batch places p·width
         return self.merge(h) + (self.row_table + self.column_table).flatten(0, 1)  # batch places width

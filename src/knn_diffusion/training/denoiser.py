@@ -103,6 +103,8 @@ class DenoiserObjective:
         self.tokenizer = tokenizer
         self.encoder_fingerprint = encoder_fingerprint
         self.denoiser = Denoiser(run.denoiser)
+        if self.denoiser.code_traits is not None:
+            self.denoiser.code_traits.take(tokenizer.quantizer.codes)
         self.step_sampler = StepSampler(run.schedule.num_steps, run.step_sampling)
         self.network: nn.Module = self.denoiser
         self.modules: nn.Module = nn.ModuleDict({"denoiser": self.denoiser, "step_sampler": self.step_sampler})

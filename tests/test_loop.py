@@ -33,6 +33,7 @@ class Line:
         self.other = nn.Linear(1, 1)
         self.modules: nn.Module = nn.ModuleDict({"network": self.network, "other": self.other})
         self.poison_at = poison_at
+        self.settings: dict[str, object] = {"loss": {"weight": 1.0, "betas": (0.5, 0.9)}}
 
     def phases(self) -> list[Phase]:
         return [
@@ -123,9 +124,25 @@ def test_a_second_run_never_overwrites_the_first(tmp_path: Path) -> None:
 
 def test_resuming_with_another_batch_size_is_refused_and_a_longer_run_is_not(tmp_path: Path) -> None:
     train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
-    with pytest.raises(ConfigError, match="batch_size = 4, asked for 5"):
+    with pytest.raises(ConfigError, match="training.batch_size = 4, asked for 5"):
         train(Line(), Points(), settings(batch_size=5), tmp_path, resume=True, device="cpu")
     assert train(Line(), Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu").step == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"loss": {"weight": 2.0, "betas": (0.5, 0.9)}}, "loss.weight = 1.0, asked for 2.0: resume with the old"),
+        ({"loss": {"weight": 1.0}}, "loss.betas = .*, asked for None"),
+        ({"loss": {"weight": 1.0, "betas": (0.5, 0.9)}, "k": 3}, "k = None, asked for 3"),
+    ],
+)
+def test_resuming_with_another_objective_is_refused(asked: dict[str, object], message: str, tmp_path: Path) -> None:
+    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    other = Line()
+    other.settings = asked
+    with pytest.raises(ConfigError, match=message):
+        train(other, Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu")
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:

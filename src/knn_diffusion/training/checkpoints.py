@@ -18,27 +18,32 @@ from knn_diffusion.checkpoint import (
     save_weights,
     write_json,
 )
-from knn_diffusion.config import read_mapping, to_dict
+from knn_diffusion.config import read_mapping
 from knn_diffusion.errors import CheckpointError, ConfigError
 
 KEPT = 2
 _STATE, _FACTS = "state.safetensors", "state.json"
 _MAY_CHANGE = {"num_steps", "learning_rate", "final_learning_rate", "clip_norm"}
 _MAY_CHANGE |= {"log_every", "validate_every", "checkpoint_every", "precision"}
+"""Settings of the training loop that a resumed run may ask for anew."""
+Settings = Mapping[str, object]
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def save_checkpoint(
-    folder: Path, *, step: int, modules: nn.Module, average: nn.Module, optimizers: Optimizers, config: object
+    folder: Path, *, step: int, modules: nn.Module, average: nn.Module, optimizers: Optimizers, settings: Settings
 ) -> None:
-    """Write `step-…` atomically under `folder`; remove all but the last two, and what a killed run left half-written."""
+    """Write `step-…` atomically under `folder`; remove all but the last two, and what a killed run left half-written.
+
+    Args: settings: everything that decides the run, plain and nested; those of the loop under "training".
+    """
     tensors = {f"modules.{name}": value for name, value in modules.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for phase, optimizer in optimizers.items():
         tensors |= {f"optimizer.{phase}.{name}": value for name, value in _flat(optimizer).items()}
     with atomic_folder(folder / f"step-{step:08d}") as temporary:
         save_weights(temporary / _STATE, tensors)
-        facts = {"step": step, "config": to_dict(config), "sha256": file_digest(temporary / _STATE)}
+        facts = {"step": step, "settings": settings, "sha256": file_digest(temporary / _STATE)}
         write_json(temporary / _FACTS, facts)
     for old in [*_newest_first(folder)[KEPT:], *folder.glob(f"{TEMPORARY}*")]:
         shutil.rmtree(old, ignore_errors=True)
@@ -50,7 +55,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(
-    folder: Path, *, modules: nn.Module, average: nn.Module, optimizers: Optimizers, config: object
+    folder: Path, *, modules: nn.Module, average: nn.Module, optimizers: Optimizers, settings: Settings
 ) -> int:
     """Restore the newest sound checkpoint; a damaged one is passed over for the one before it.
 
@@ -62,11 +67,15 @@ def load_checkpoint(
     for candidate in _newest_first(folder):
         try:
             facts = read_mapping(candidate / _FACTS)
+            stored = facts["settings"]
             tensors = load_weights_file(candidate / _STATE, facts["sha256"])
+        except KeyError as error:
+            problems.append(f"{candidate} was written by another version of this package, it lacks {error}")
+            continue
         except (CheckpointError, ConfigError) as error:
             problems.append(str(error))
             continue
-        _same_run(facts["config"], to_dict(config), candidate)
+        _same_run(stored, settings, candidate)
         apply_weights(modules, _under("modules.", tensors), str(candidate))
         apply_weights(average, _under("average.", tensors), str(candidate))
         for phase, optimizer in optimizers.items():
@@ -85,14 +94,27 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _same_run(stored: Mapping[str, object], asked: Mapping[str, object], place: Path) -> None:
-    for name, value in asked.items():
-        before = stored.get(name)
-        same = list(value) == before if isinstance(value, tuple) else value == before
-        if name not in _MAY_CHANGE and not same:
+def _same_run(stored: Settings, asked: Settings, place: Path) -> None:
+    before, now = _leaves(stored), _leaves(asked)
+    for name in [*now, *(name for name in before if name not in now)]:
+        loop, _, setting = name.partition(".")
+        may_change = loop == "training" and setting in _MAY_CHANGE
+        if not may_change and before.get(name) != now.get(name):
             raise ConfigError(
-                f"{place.name} was trained with {name} = {before}, asked for {value}: resume with the old value or start another --output"
+                f"{place.name} was trained with {name} = {before.get(name)}, asked for {now.get(name)}: "
+                "resume with the old value or start another --output"
             )
+
+
+def _leaves(settings: Settings, prefix: str = "") -> dict[str, object]:
+    """Nested settings by dotted names, as JSON gives them back."""
+    found: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _leaves(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

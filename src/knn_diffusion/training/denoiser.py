@@ -99,6 +99,7 @@ class DenoiserObjective:
 
     def __init__(self, run: DenoiserRun, validation: DenoiserData, tokenizer: VQGAN, encoder_fingerprint: str) -> None:
         self.run = run
+        self.settings: Mapping[str, object] = to_dict(run)
         self.validation = validation
         self.tokenizer = tokenizer
         self.encoder_fingerprint = encoder_fingerprint

@@ -110,6 +110,9 @@ class EncoderObjective:
         self, run: EncoderRun, sentences: SentenceEncoder, benchmark: EncoderBenchmark, name: str = "stickers"
     ) -> None:
         self.run, self.losses, self.sentences, self.benchmark, self.name = run, run.losses, sentences, benchmark, name
+        self.settings: Mapping[str, object] = {
+            name: value for name, value in to_dict(run).items() if name != "text_tower"
+        }  # a place, no setting
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(run.training.seed, "encoder weights"))
             self.small = SmallEncoder(run.encoder)

@@ -69,6 +69,7 @@ class JudgeObjective:
         self.validation = validation
         self.colour_weight = colour_weight
         self.label_smoothing = label_smoothing
+        self.settings: Mapping[str, object] = {"colour_weight": colour_weight, "label_smoothing": label_smoothing}
 
     def phases(self) -> list[Phase]:
         """One loss over all parameters."""

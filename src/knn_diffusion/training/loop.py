@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from knn_diffusion.config import config, require
+from knn_diffusion.config import config, require, to_dict
 from knn_diffusion.device import choose_device, choose_dtype
 from knn_diffusion.errors import TrainingError, UsageError
 from knn_diffusion.randomness import generator_for
@@ -102,6 +102,8 @@ class Objective(Protocol):
     """What is exported; the moving average follows it."""
     modules: nn.Module
     """All modules with state, the network among them; this is what a checkpoint holds."""
+    settings: Mapping[str, object]
+    """What decides the result besides data and `TrainingConfig`, plain and nested; a resumed run must ask for the same."""
 
     def phases(self) -> list[Phase]:
         """The losses, in the order they are stepped."""
@@ -315,7 +317,7 @@ def _save(run: _Run) -> None:
         modules=run.objective.modules,
         average=run.average,
         optimizers=run.optimizers,
-        config=run.config,
+        settings=_settings(run),
     )
     run.objective.export(
         run.average.module, run.output / "model", {"steps": run.step, "of_steps": run.config.num_steps}
@@ -326,8 +328,16 @@ def _resume(run: _Run) -> None:
     folder = run.output / "checkpoints"
     if latest_checkpoint(folder) is not None:
         run.step = load_checkpoint(
-            folder, modules=run.objective.modules, average=run.average, optimizers=run.optimizers, config=run.config
+            folder,
+            modules=run.objective.modules,
+            average=run.average,
+            optimizers=run.optimizers,
+            settings=_settings(run),
         )
+
+
+def _settings(run: _Run) -> dict[str, object]:
+    return {**run.objective.settings, "training": to_dict(run.config)}
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class TokenizerObjective:
 
     def __init__(self, run: TokenizerRun, validation: UInt8[np.ndarray, "items height width 3"]) -> None:
         self.run = run
-        self.settings = run.loss
+        self.settings: Mapping[str, object] = to_dict(run)
         self.batch_size = run.training.batch_size
         self.validation = validation
         self.tokenizer = VQGAN(run.tokenizer)
@@ -101,7 +101,7 @@ class TokenizerObjective:
 
     def generator_loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Pixels, edges, commitment and, from `adversarial_start`, the discriminator's opinion."""
-        s, real = self.settings, batch["pixels"].contiguous(memory_format=torch.channels_last)
+        s, real = self.run.loss, batch["pixels"].contiguous(memory_format=torch.channels_last)
         result = self.tokenizer(real, generator)
         drawn = result.pixels.float()
         self._drawn = drawn.detach()
@@ -126,7 +126,7 @@ class TokenizerObjective:
 
     def discriminator_loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor] | None:
         """Hinge loss: images above 1, reconstructions below -1."""
-        s = self.settings
+        s = self.run.loss
         if step < s.discriminator_start or s.adversarial_weight + s.feature_weight == 0 or self._drawn is None:
             return None
         logits, _ = self.discriminator(torch.cat([batch["pixels"], self._drawn]))

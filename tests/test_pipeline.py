@@ -19,7 +19,7 @@ from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.images import open_image, square
 from knn_diffusion.model_folder import bundled_models, read_pipeline_file
-from knn_diffusion.request import MAX_PROMPT_CHARACTERS, Passed, check_prompt
+from knn_diffusion.request import MAX_PROMPT_CHARACTERS, Passed, check_prompt, check_request
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,20 @@ def test_the_query_weight_mixes_the_neighbors_mean_into_the_query(pipe: KnnDiffu
     assert not np.array_equal(mean, default)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 2.0])
+def test_the_query_slot_lies_on_the_line_through_the_text_and_the_neighbors_mean(
+    pipe: KnnDiffusion, weight: float
+) -> None:
+    sampler, k = pipe.model.sampler, 3
+    request = check_request({"k": k, "query_weight": weight}, sampler=sampler, k=k)
+    condition, _ = pipe.retrieve("a cat", request)
+    text = pipe.model.encoder.encode_texts(["a cat"])[0].astype(np.float64)
+    mean = condition.y[0, 1:].double().numpy().sum(0)
+    mean /= np.linalg.norm(mean)
+    expected = text + (1 - weight) * (mean - text)
+    np.testing.assert_allclose(condition.y[0, 0].numpy(), expected / np.linalg.norm(expected), atol=1e-6)
+
+
 def test_the_callback_counts_over_all_images_and_can_cancel(pipe: KnnDiffusion) -> None:
     told: list[Passed] = []
     pipe("a cat", num_images_per_prompt=2, callback=told.append)
@@ -177,7 +191,7 @@ def test_an_over_long_prompt_is_refused(pipe: KnnDiffusion) -> None:
         ({"guidance_scale": -1}, "guidance_scale must be at least 0"),
         ({"seed": -1}, "expected seed from 0"),
         ({"sampler": "fast"}, "expected sampler as one of ancestral, halton, confidence, got 'fast'"),
-        ({"query_weight": 2}, "expected query_weight from 0 to 1"),
+        ({"query_weight": 4}, "expected query_weight from 0 to 3, got 4"),
         ({"exclude_ids": "abc"}, "put it in a list"),
     ],
 )

@@ -27,6 +27,7 @@ from knn_diffusion.checkpoint import (
     write_json,
 )
 from knn_diffusion.config import config, require, to_dict
+from knn_diffusion.diffusion.conditioning import MAX_QUERY_WEIGHT
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, UsageError
@@ -48,7 +49,7 @@ class PipelineFile:
     parts     digest of each part's weights, so that a part of another model is noticed
     sampler   how the model draws when a request does not say otherwise
     k         neighbors retrieved for each prompt, at least 1
-    query_weight  share of the text's own embedding in the query slot, beside the neighbors' mean; 1 is the paper's
+    query_weight  how much of the text's own embedding the query slot has against the neighbors' mean; 1 is the paper's
     facts     what the training run wrote down: data, recipe, commit, hardware, scores; shown on the model card
     """
 
@@ -62,7 +63,8 @@ class PipelineFile:
 
     def __post_init__(self) -> None:
         require(self.k >= 1, "k", self.k, "at least 1")
-        require(0 <= self.query_weight <= 1, "query_weight", self.query_weight, "in [0, 1]")
+        fits = 0 <= self.query_weight <= MAX_QUERY_WEIGHT
+        require(fits, "query_weight", self.query_weight, f"in [0, {MAX_QUERY_WEIGHT:g}]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,10 +20,14 @@ import torch
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from knn_diffusion.device import choose_device, choose_dtype
-from knn_diffusion.diffusion.conditioning import make_condition, replace_first_neighbor, with_null
+from knn_diffusion.diffusion.conditioning import (
+    make_condition,
+    replace_first_neighbor,
+    weigh_query,
+    with_null,
+)
 from knn_diffusion.diffusion.process import q_sample
 from knn_diffusion.diffusion.sampling import StepInfo, sample
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
@@ -203,9 +207,8 @@ class KnnDiffusion:
         )
         embeddings = torch.from_numpy(found.embeddings).float()  # 1 k dim
         present = (torch.arange(request.k) < count)[None]
-        return make_condition(
-            _weigh(torch.from_numpy(query), embeddings, request.query_weight), embeddings, present
-        ), neighbors
+        weighed = weigh_query(torch.from_numpy(query), embeddings, request.query_weight)
+        return make_condition(weighed, embeddings, present), neighbors
 
     @torch.inference_mode()
     def draw(
@@ -304,17 +307,6 @@ class KnnDiffusion:
             model=self.model.name,
             seconds=round(time.monotonic() - started, 3),
         )
-
-
-def _weigh(query: Tensor, neighbors: Tensor, weight: float) -> Tensor:
-    """The query slot of y: the text's embedding (weight 1, Eq. 5), or part of it with the neighbors' mean.
-
-    Differs from the paper: weights below 1. Texts and images keep apart in H, the neighbors' mean lies among images.
-    """
-    if weight == 1:
-        return query
-    mean = normalize(neighbors.sum(dim=1), dim=-1)
-    return normalize(weight * query + (1 - weight) * mean, dim=-1)
 
 
 def _every_row(condition: Condition, count: int, device: torch.device) -> Condition:

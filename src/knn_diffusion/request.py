@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from PIL import Image
 
+from knn_diffusion.diffusion.conditioning import MAX_QUERY_WEIGHT
 from knn_diffusion.diffusion.sampling import SamplerConfig, StepInfo
 from knn_diffusion.errors import ConfigError, UsageError
 
@@ -51,7 +52,8 @@ class Settings(TypedDict, total=False):
     exclude_ids: Sequence[str]
     """Images of the index not to retrieve."""
     query_weight: float
-    """1 conditions on the text's own embedding (Eq. 5), 0 puts the neighbors' mean in its place, between: a mixture."""
+    """1 conditions on the text's own embedding (Eq. 5), 0 puts the neighbors' mean in its place; above 1 the text is moved
+    away from that mean, so that what it says and they do not show (a colour, a place) is heard better."""
     callback: Callback
     """Called after each pass."""
 
@@ -153,8 +155,8 @@ def check_request(settings: Settings, *, sampler: SamplerConfig, k: int, query_w
         raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(Settings.__annotations__)}")
     given = {name: value for name, value in settings.items() if value is not None}
     weight = _number(given.get("query_weight", query_weight), "query_weight")
-    if not 0 <= weight <= 1:
-        raise UsageError(f"expected query_weight from 0 to 1, got {weight:g}: 1 is the paper's")
+    if not 0 <= weight <= MAX_QUERY_WEIGHT:
+        raise UsageError(f"expected query_weight from 0 to {MAX_QUERY_WEIGHT:g}, got {weight:g}: 1 is the paper's")
     excluded = given.get("exclude_ids", ())
     if isinstance(excluded, str):
         raise UsageError(f"expected exclude_ids as a list of ids, got the text {excluded!r}: put it in a list")

@@ -11,6 +11,8 @@ from knn_diffusion.config import require
 from knn_diffusion.errors import UsageError
 from knn_diffusion.shapes import Condition
 
+MAX_QUERY_WEIGHT = 3.0
+
 
 def make_condition(
     query: Float[Tensor, "batch dim"],
@@ -28,6 +30,24 @@ def make_condition(
     found = torch.where(present.unsqueeze(-1), neighbors, 0)
     own = torch.ones(len(query), 1, dtype=torch.bool, device=present.device)
     return Condition(y=torch.cat([query.unsqueeze(1), found], dim=1), present=torch.cat([own, present], dim=1))
+
+
+def weigh_query(
+    query: Float[Tensor, "batch dim"], neighbors: Float[Tensor, "batch k dim"], weight: float
+) -> Float[Tensor, "batch dim"]:
+    """The query slot of y: the text's embedding (weight 1, Eq. 5), moved towards its neighbors' mean or away from it.
+
+    Args:
+        neighbors: absent ones are 0.
+        weight: 0 is the neighbors' mean, up to MAX_QUERY_WEIGHT.
+
+    Differs from the paper: other weights than 1. Below it the query comes nearer to images, from which texts keep apart in
+    H; above it, what the text says and its neighbors do not show becomes louder.
+    """
+    if weight == 1:
+        return query
+    mean = normalize(neighbors.sum(dim=1), dim=-1)
+    return normalize(weight * query + (1 - weight) * mean, dim=-1)
 
 
 def null_condition(condition: Condition) -> Condition:

@@ -167,6 +167,23 @@ def test_every_patch_size_has_the_same_interface_and_learns_everywhere(patch_siz
     assert [name for name, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_only_the_first_coordinates_of_the_query_are_read() -> None:
+    denoiser, (x_n, step), condition = make(query_dim=5, map_width=16), random_inputs(), random_condition()
+    out = denoiser(x_n, step, condition)
+
+    def changed(slot: int, coordinate: int) -> Tensor:
+        y = condition.y.clone()
+        y[:, slot, coordinate] += 1
+        return denoiser(x_n, step, replace(condition, y=y))
+
+    assert torch.equal(changed(0, 5), out)
+    assert not torch.allclose(changed(0, 4), out, atol=1e-4)
+    assert not torch.allclose(changed(1, 5), out, atol=1e-4)
+    louder = replace(condition, y=torch.cat([condition.y[:, :1] * 3, condition.y[:, 1:]], dim=1))
+    torch.testing.assert_close(denoiser(x_n, step, louder), out)
+    assert torch.equal(denoiser(x_n, step, null(condition)), make(map_width=16)(x_n, step, null(condition)))
+
+
 def with_codes(seed: int = 0, **options: int) -> Denoiser:
     denoiser = make(seed, code_dim=3, **options)
     torch.manual_seed(seed + 1)
@@ -275,6 +292,8 @@ def test_impossible_configurations_are_refused_with_field_value_and_rule() -> No
         replace(SMALL, step_width=7)
     with pytest.raises(ConfigError, match="map_width must be a multiple of 16, got 24"):
         replace(SMALL, map_width=24)
+    with pytest.raises(ConfigError, match="query_dim must be at most condition_dim 12, got 13"):
+        replace(SMALL, query_dim=13)
     for field in ("vocab_size", "grid", "width", "depth", "heads", "condition_dim", "num_steps", "mlp_ratio"):
         with pytest.raises(ConfigError, match=f"{field} must be at least 1, got 0: change {field}"):
             replace(SMALL, **{field: 0})

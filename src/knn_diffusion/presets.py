@@ -87,11 +87,12 @@ DENOISERS: dict[str, DenoiserRun] = {
             condition_dim=512,
             num_steps=100,
             patch_size=2,
+            query_dim=272,
             code_dim=16,
             map_width=96,
         ),
         TrainingConfig(
-            num_steps=7000,
+            num_steps=6400,
             batch_size=32,
             learning_rate=1e-3,
             final_learning_rate=5e-5,
@@ -101,7 +102,7 @@ DENOISERS: dict[str, DenoiserRun] = {
             checkpoint_every=500,
         ),
         loss=LossConfig(aux_weight=2e-2),
-        conditioning=ConditioningConfig(query_dropout=0.3, query_noise=0.6),
+        conditioning=ConditioningConfig(query_dropout=0.2, query_noise=0.4),
     ),
     # For one GPU, not run yet: the same tokens, one place of the transformer for each.
     "stickers-gpu": _denoiser(
@@ -113,6 +114,7 @@ DENOISERS: dict[str, DenoiserRun] = {
             heads=6,
             condition_dim=512,
             num_steps=100,
+            query_dim=272,
             code_dim=16,
             map_width=48,
         ),
@@ -128,7 +130,7 @@ DENOISERS: dict[str, DenoiserRun] = {
             log_every=50,
         ),
         loss=LossConfig(aux_weight=2e-2),
-        conditioning=ConditioningConfig(query_dropout=0.3, query_noise=0.6),
+        conditioning=ConditioningConfig(query_dropout=0.2, query_noise=0.4),
     ),
     # The paper's configuration (A.1-A.3) with VQ-Diffusion's optimizer, for many GPUs; not run yet.
     "paper-photo": DenoiserRun(

@@ -50,6 +50,7 @@ class DenoiserConfig:
     mlp_ratio             hidden size of the MLP over width
     patch_size            p × p tokens share one place of the transformer; divides grid; 1 is the paper's
     step_width            hidden size of the step's embedding: AdaLN needs 4 · width · step_width weights per block
+    query_dim             how many of the query's coordinates are read, the first ones: those that a text can fill; 0 for all
     code_dim              width of the tokenizer's codes, when the denoiser is to know them (see `CodeTraits`); 0 is the paper's
     map_width             channels of the map that each slot of y is laid out to, a multiple of 4 · heads; 0 is the paper's
     cross_attention_bias  biases as in VQ-Diffusion; then the null condition no longer removes cross-attention
@@ -65,6 +66,7 @@ class DenoiserConfig:
     mlp_ratio: int = 4
     patch_size: int = 1
     step_width: int = 64
+    query_dim: int = 0
     code_dim: int = 0
     map_width: int = 0
     cross_attention_bias: bool = False
@@ -72,11 +74,13 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("map_width", "code_dim") else 1
+            least = 0 if field.name in ("map_width", "code_dim", "query_dim") else 1
             require(isinstance(value, bool) or value >= least, field.name, value, f"at least {least}")
         require(self.width % self.heads == 0, "heads", self.heads, f"a divisor of width {self.width}")
         require(self.grid % self.patch_size == 0, "patch_size", self.patch_size, f"a divisor of grid {self.grid}")
         require(self.width % self.patch_size == 0, "patch_size", self.patch_size, f"a divisor of width {self.width}")
+        most = self.condition_dim
+        require(self.query_dim <= most, "query_dim", self.query_dim, f"at most condition_dim {most}")
         fits = self.map_width % (KEYS_PER_VALUE * self.heads) == 0
         require(fits, "map_width", self.map_width, f"a multiple of {KEYS_PER_VALUE * self.heads}")
         require(self.step_width >= 2 and self.step_width % 2 == 0, "step_width", self.step_width, "even and at least 2")
@@ -305,12 +309,23 @@ class Denoiser(nn.Module):
                 "use the encoder it was trained with"
             )
         # Entries of a unit vector have size dim^-½; bring them to unit size, as the layers behind expect.
-        y = condition.y.to(self.query_slot.weight.dtype) * sqrt(expected)  # batch slots dim
-        y = torch.cat([self.query_slot(y[:, :1]), self.neighbor_slots(y[:, 1:])], dim=1)  # batch slots dim
+        y = condition.y.to(self.query_slot.weight.dtype)  # batch slots dim
+        query, neighbors = sqrt(expected) * self._readable(y[:, :1]), sqrt(expected) * y[:, 1:]
+        y = torch.cat([self.query_slot(query), self.neighbor_slots(neighbors)], dim=1)  # batch slots dim
         layers = [block.cross_attention.prepare(y, condition.present) for block in self._blocks]
         keys, offsets, values = (torch.stack(parts) for parts in zip(*layers, strict=True))
         maps = None if self.slot_maps is None else self.slot_maps(y, condition.present)
         return PreparedCondition(keys=keys, offsets=offsets, values=values, maps=maps)
+
+    def _readable(self, query: Float[Tensor, "batch 1 dim"]) -> Float[Tensor, "batch 1 dim"]:
+        """The query with the coordinates that no text can fill set to zero, at unit length again; a zero query stays zero.
+
+        Else the denoiser would copy looks from an image's own embedding in training, and have nothing to copy from a text.
+        """
+        if not self.config.query_dim:
+            return query
+        shown = functional.normalize(query[..., : self.config.query_dim], dim=-1)
+        return functional.pad(shown, (0, query.shape[-1] - self.config.query_dim))
 
     def modulate(self, step: Steps) -> Float[Tensor, "depth 4 batch 1 width"]:
         """AdaLN's scale and shift at the step: for each block self-attention's pair, then cross-attention's."""

@@ -53,6 +53,9 @@ def fitted(network: SmallEncoder, pairs: CaptionedImages, looks: int = 0) -> Sma
     told = torch.cat([made.memory(some) for some in texts.split(4096)])
     left = (places - mean).repeat_interleave(pairs.caption_rows.shape[1], 0) - told
     weight, bias = _ridge(texts, left)
+    made.memory.places[:, cfg.dim - cfg.looks :] = (
+        0  # what a thing looks like is for the index to say, not for the text
+    )
     made.text_head.weight.copy_(weight)
     made.text_head.bias.copy_(bias + mean)
     return made.to(network.text_head.weight.device)

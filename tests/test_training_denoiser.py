@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from tiny_world import SIZE, build_model, draw_pictures
 
 from knn_diffusion import ImageIndex
 from knn_diffusion.config import from_dict
+from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import ConfigError, UsageError
-from knn_diffusion.model_folder import load_model, load_tokenizer
+from knn_diffusion.model_folder import load_model, load_tokenizer, write_pipeline_file
 from knn_diffusion.training.data import load_pixels
 from knn_diffusion.training.denoiser import DenoiserRun, train_denoiser
 from knn_diffusion.training.neighbors import ABSENT, prepare
@@ -103,3 +105,15 @@ def test_going_on_from_a_model_of_another_shape_names_the_difference(world: Path
         pytest.raises(ConfigError, match="got width 32 for 16: leave out --preset"),
     ):
         train_denoiser(wider, [world / "pictures"], index, tmp_path / "run", init=world / "model", device="cpu")
+
+
+def test_a_model_that_goes_on_from_another_draws_as_that_one_did(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "model", tmp_path / "start")
+    sampler = SamplerConfig(num_steps=2, order="confidence", guidance_scale=2.5)
+    write_pipeline_file(tmp_path / "start", name="start", sampler=sampler, k=3, query_weight=0.5)
+    with ImageIndex.open(world / "model" / "index") as index:
+        train_denoiser(
+            tiny_run(world), [world / "pictures"], index, tmp_path / "run", init=tmp_path / "start", device="cpu"
+        )
+    made = load_model(tmp_path / "run" / "model")
+    assert (made.sampler, made.k, made.query_weight) == (sampler, 3, 0.5)

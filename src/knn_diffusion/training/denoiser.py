@@ -24,7 +24,13 @@ from knn_diffusion.diffusion.sampling import SamplerConfig, sample
 from knn_diffusion.errors import ConfigError, FingerprintError, UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import from_array, grid, uint8_from_pixels
-from knn_diffusion.model_folder import load_denoiser, load_tokenizer, resolve_model, write_pipeline_file
+from knn_diffusion.model_folder import (
+    load_denoiser,
+    load_tokenizer,
+    read_pipeline_file,
+    resolve_model,
+    write_pipeline_file,
+)
 from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
 from knn_diffusion.models.encoders import save_encoder
 from knn_diffusion.models.tokenizer import VQGAN
@@ -107,6 +113,9 @@ class DenoiserObjective:
         if self.denoiser.code_traits is not None:
             self.denoiser.code_traits.take(tokenizer.quantizer.codes)
         self.step_sampler = StepSampler(run.schedule.num_steps, run.step_sampling)
+        steps = min(16, run.schedule.num_steps)
+        self.sampler = SamplerConfig(num_steps=steps, order="halton", guidance_scale=1.5)
+        self.k, self.query_weight = max(1, run.conditioning.k), 1.0
         self.network: nn.Module = self.denoiser
         self.modules: nn.Module = nn.ModuleDict({"denoiser": self.denoiser, "step_sampler": self.step_sampler})
 
@@ -179,11 +188,13 @@ class DenoiserObjective:
         rows = [self.tokenizer.decode(t) for t in (batch["tokens"], tokens)]
         return grid([from_array(array) for row in rows for array in uint8_from_pixels(row)], columns=count, cell=96)
 
-    def start_from(self, folder: Path) -> None:
-        """Take the weights of a trained denoiser of the same shape.
+    def start_from(self, model: Path) -> None:
+        """Take the weights of a model's denoiser, of the same shape, and the way the model draws.
 
         Raises: FingerprintError when it was trained with another encoder; ConfigError when its shape differs.
         """
+        folder, drawing = model / "denoiser", read_pipeline_file(model)
+        self.sampler, self.k, self.query_weight = drawing.sampler, drawing.k, drawing.query_weight
         trained, schedule, facts = load_denoiser(folder)
         if facts.get("encoder") != self.encoder_fingerprint:
             raise FingerprintError(
@@ -234,12 +245,12 @@ class DenoiserObjective:
             **facts,
         }
         save_part(folder / "denoiser", kind="denoiser", config=self.run.denoiser, weights=weights, extra=extra)
-        sampler = SamplerConfig(num_steps=min(16, self.run.schedule.num_steps), order="halton", guidance_scale=1.5)
         write_pipeline_file(
             folder,
             name=folder.absolute().parent.name,
-            sampler=sampler,
-            k=max(1, self.run.conditioning.k),
+            sampler=self.sampler,
+            k=self.k,
+            query_weight=self.query_weight,
             facts=dict(facts),
         )
 
@@ -278,7 +289,7 @@ def train_denoiser(
     objective = DenoiserObjective(run, validation, parts, index.encoder.fingerprint)
     objective.lay_out(output / "model", tokenizer_folder, index)
     if init is not None:
-        objective.start_from(resolve_model(init) / "denoiser")
+        objective.start_from(resolve_model(init))
     return train(
         objective, training, run.training, output, resume=resume, max_minutes=max_minutes, device=device, watch=watch
     )

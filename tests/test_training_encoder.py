@@ -15,7 +15,7 @@ from tiny_encoder import tiny_config, tiny_encoder, tiny_sentences
 from knn_diffusion import stickers
 from knn_diffusion.errors import ConfigError, UsageError
 from knn_diffusion.models.encoders import SmallJointEncoder, load_encoder
-from knn_diffusion.models.small_encoder import SmallEncoder
+from knn_diffusion.models.small_encoder import SmallEncoder, SmallEncoderConfig
 from knn_diffusion.models.text_tower import save_text_tower
 from knn_diffusion.training.captioned import CaptionedImages, folder_pairs, holds, sticker_pairs, told_facts
 from knn_diffusion.training.closed_form import fitted
@@ -188,6 +188,13 @@ def test_looks_are_the_principal_components_of_the_thumbnails(pairs: CaptionedIm
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     found = vectors[:, meaning:] / 0.5**0.5
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=2e-3)  # a component's sign is free
+
+
+def test_looks_that_could_not_be_fitted_are_refused_before_anything_is_trained() -> None:
+    with pytest.raises(ConfigError, match="looks must be from 0 to 768, got 1000"):
+        replace(EncoderRun(), looks=1000)
+    with pytest.raises(ConfigError, match=r"encoder\.looks must be 0, they are fitted afterwards"):
+        replace(EncoderRun(), encoder=SmallEncoderConfig(looks=8))
 
 
 def test_looks_can_be_fitted_again_and_taken_away(pairs: CaptionedImages) -> None:

@@ -36,7 +36,7 @@ class SmallEncoderConfig:
     looks: int = 0
     """How many coordinates of H, the last ones, are the thumbnail's principal components, see `Looks`; 0 before the fit."""
     looks_side: int = 16
-    """Side of the thumbnail whose components these are; divides `size`."""
+    """Side of the thumbnail whose components these are; divides `size` where there are any."""
     text_width: int = 384
     """Length of the sentence vectors that the text head reads."""
     anchors: int = 0
@@ -56,11 +56,17 @@ class SmallEncoderConfig:
         require(self.anchors >= 0, "anchors", self.anchors, "at least 0")
         most = min(self.dim - 1, 3 * self.looks_side**2)
         require(0 <= self.looks <= most, "looks", self.looks, f"from 0 to {most}")
-        require(self.size % self.looks_side == 0, "looks_side", self.looks_side, f"a divisor of size {self.size}")
+        fits = self.looks == 0 or self.size % self.looks_side == 0
+        require(fits, "looks_side", self.looks_side, f"a divisor of size {self.size}")
         require(len(self.widths) > 0, "widths", self.widths, "at least one stage")
         require(len(self.blocks) == len(self.widths), "blocks", self.blocks, f"as long as widths {self.widths}")
         require(self.size % self.stride == 0, "size", self.size, f"a multiple of {self.stride}")
         require(0 < self.squeeze <= 4, "squeeze", self.squeeze, "in (0, 4]")
+
+    @property
+    def meaning(self) -> int:
+        """Coordinates of H that the tower gives, the first ones; the others are looks."""
+        return self.dim - self.looks
 
     @property
     def stride(self) -> int:
@@ -112,7 +118,7 @@ class ImageTower(nn.Module):
             layers += [_Block(stage_width, cfg.squeeze) for _ in range(count)]
             width = stage_width
         self.body = nn.Sequential(*layers, _ChannelNorm(width), nn.SiLU())
-        self.head = nn.Linear(width * (cfg.size // cfg.stride) ** 2, cfg.dim - cfg.looks)
+        self.head = nn.Linear(width * (cfg.size // cfg.stride) ** 2, cfg.meaning)
         for parameter in self.body.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -154,7 +160,8 @@ class CaptionMemory(nn.Module):
     """Where the pictures of known plain captions lie, looked up by what a text means (Nadaraya and Watson, 1964).
 
     A text is compared with the remembered captions in a space of half-whitened sentence vectors, and gets the weighted
-    mean of the places of its nearest ones: "puppy" lands among the dogs although no caption has the word.
+    mean of the places of its nearest ones: "puppy" lands among the dogs although no caption has the word. Of the looks
+    nothing is remembered.
     """
 
     def __init__(self, cfg: SmallEncoderConfig) -> None:

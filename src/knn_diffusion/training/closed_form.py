@@ -37,7 +37,7 @@ def fitted(network: SmallEncoder, pairs: CaptionedImages, looks: int = 0) -> Sma
     kept = _anchors(pairs.caption_rows[:, 0])
     cfg = network.config
     with torch.random.fork_rng(devices=[]):
-        made = SmallEncoder(replace(cfg, dim=cfg.dim - cfg.looks + looks, looks=looks, anchors=len(kept)))
+        made = SmallEncoder(replace(cfg, dim=cfg.meaning + looks, looks=looks, anchors=len(kept)))
     made.to(network.text_head.weight.device)
     made.image_tower.load_state_dict(network.image_tower.state_dict())
     if made.looks is not None:
@@ -53,20 +53,25 @@ def fitted(network: SmallEncoder, pairs: CaptionedImages, looks: int = 0) -> Sma
     told = torch.cat([made.memory(some) for some in texts.split(4096)])
     left = (places - mean).repeat_interleave(pairs.caption_rows.shape[1], 0) - told
     weight, bias = _ridge(texts, left)
-    made.memory.places[:, cfg.dim - cfg.looks :] = (
-        0  # what a thing looks like is for the index to say, not for the text
-    )
+    # What a thing looks like is for the index to say, not for the text: background and tint remain, by the regression.
+    made.memory.places[:, made.config.meaning :] = 0
     made.text_head.weight.copy_(weight)
     made.text_head.bias.copy_(bias + mean)
     return made.to(network.text_head.weight.device)
 
 
 def _with_head_of(network: SmallEncoder, made: SmallEncoder) -> SmallEncoder:
-    meaning = made.config.dim - made.config.looks
+    meaning = made.config.meaning
     for to, trained in zip(made.text_head.parameters(), network.text_head.parameters(), strict=True):
         to.zero_()
         to[:meaning].copy_(trained[:meaning])
     return made
+
+
+def _principal(covariance: Float[Tensor, "dim dim"]) -> tuple[Float[Tensor, "dim"], Float[Tensor, "dim dim"]]:
+    """Variances along the principal axes, largest first, and the axes as columns."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
 def _fit_looks(looks: Looks, pairs: CaptionedImages) -> None:
@@ -80,9 +85,8 @@ def _fit_looks(looks: Looks, pairs: CaptionedImages) -> None:
         total += rows.sum(0)
         squares += rows.T @ rows
     center = total / len(pairs)
-    values, vectors = torch.linalg.eigh(squares / len(pairs) - torch.outer(center, center))
+    values, vectors = _principal(squares / len(pairs) - torch.outer(center, center))
     count = len(looks.project)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     scale = (values[:count] + LOOKS_FLOOR * values.sum()).rsqrt()
     looks.center.copy_(center)
     looks.project.copy_((vectors[:, :count] * scale).T)
@@ -123,10 +127,9 @@ def _fill(
     So no trait that many captions share, such as naming an animal, drowns the others.
     """
     center = sentences.double().mean(0)
-    spread = (sentences.double() - center).T @ (sentences.double() - center) / len(sentences)
-    values, vectors = torch.linalg.eigh(spread)
+    values, vectors = _principal((sentences.double() - center).T @ (sentences.double() - center) / len(sentences))
     width = len(memory.project)
-    values, vectors = values.flip(0)[:width].clamp_min(0), vectors.flip(1)[:, :width]
+    values, vectors = values[:width], vectors[:, :width]
     memory.center.copy_(center)
     memory.project.copy_((vectors * (values + 1e-3 * values.mean()) ** -0.25).T)
     memory.keys.copy_(memory.compared(sentences))

@@ -97,6 +97,10 @@ class EncoderRun:
     def __post_init__(self) -> None:
         require(self.scenes >= 1, "scenes", self.scenes, "at least 1")
         require(self.looks >= 0, "looks", self.looks, "at least 0")
+        require(self.encoder.looks == 0, "encoder.looks", self.encoder.looks, "0, they are fitted afterwards (looks)")
+        replace(
+            self.encoder, dim=self.encoder.dim + self.looks, looks=self.looks
+        )  # else it would fail when all is trained
         require(self.captions_each >= 1, "captions_each", self.captions_each, "at least 1")
         divides = self.encoder.size % self.losses.thumbnail == 0
         require(divides, "losses.thumbnail", self.losses.thumbnail, f"a divisor of encoder.size {self.encoder.size}")
@@ -110,9 +114,9 @@ class EncoderObjective:
         self, run: EncoderRun, sentences: SentenceEncoder, benchmark: EncoderBenchmark, name: str = "stickers"
     ) -> None:
         self.run, self.losses, self.sentences, self.benchmark, self.name = run, run.losses, sentences, benchmark, name
-        self.settings: Mapping[str, object] = {
-            name: value for name, value in to_dict(run).items() if name != "text_tower"
-        }  # a place, no setting
+        everything = to_dict(run)
+        del everything["text_tower"]  # a place on this machine
+        self.settings: Mapping[str, object] = everything
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(run.training.seed, "encoder weights"))
             self.small = SmallEncoder(run.encoder)

@@ -163,6 +163,14 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+def test_a_checkpoint_of_another_version_is_said_to_be_one(tmp_path: Path) -> None:
+    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    facts = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    facts.write_text(facts.read_text().replace('"settings"', '"config"'))
+    with pytest.raises(CheckpointError, match="written by another version of this package, it lacks 'settings'"):
+        train(Line(), Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu")
+
+
 def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".writing-killed").mkdir(parents=True)
     train(Line(), Points(), settings(), tmp_path, device="cpu")

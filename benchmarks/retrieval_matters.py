@@ -1,7 +1,10 @@
 """Retrieval matters (Table 3 in small): FD with 10 neighbors / FD without is at most 0.6 (the paper: 16.66 / 38.2 = 0.44).
 
 The models without neighbors are trained alike, at the same budget: on the plain embedding ("Without KNN", Sec. 4.4) and on
-the LAFITE-noised one (Table 3). Each model's λ is chosen on validation captions.
+the LAFITE-noised one (Table 3). Each model's λ is chosen on validation captions. Beside the options of the model compared with:
+
+    train denoiser … --set conditioning.k=0 --set conditioning.query_dropout=0 --set denoiser.query_dim=0 \\
+        --set conditioning.query_noise=0        (or 0.75, as LAFITE)
 
     python benchmarks/retrieval_matters.py MODEL --without plain=DIR lafite=DIR [--size 1000] [--judge DIR] [--json]
 """

@@ -118,6 +118,8 @@ class SlotMaps(nn.Module):
     Through cross-attention alone each place hears the same few numbers and must work out its own part of the picture from
     them; that takes a transformer long to learn. Where the embedding holds looks, one linear map from it to all places says
     at once what is where, for unseen pictures too. It is applied once per image, not once per step and place.
+
+    Differs from the paper, where y is read by cross-attention alone.
     """
 
     def __init__(self, condition_dim: int, places: int, heads: int, map_width: int) -> None:

@@ -166,6 +166,8 @@ class CodeTraits(nn.Module):
     sure of it, of unknown texture". Rows of the token table and of the head are traits times a learned matrix, plus weights
     of their own; so codes that look alike start alike, and what is learned of one holds for its like. VQ-Diffusion learns
     every code from nothing.
+
+    Differs from the paper, whose transformer learns the codes by their numbers alone.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -178,7 +180,8 @@ class CodeTraits(nn.Module):
 
     def take(self, codes: Float[Tensor, "vocab code_dim"]) -> None:
         """Read the traits off a codebook: each coordinate, then each squared, all brought to mean 0 and deviation 1."""
-        traits = torch.cat([codes - codes.mean(0), (codes - codes.mean(0)).square()], dim=1)
+        centered = codes - codes.mean(0)
+        traits = torch.cat([centered, centered.square()], dim=1)
         traits = (traits - traits.mean(0)) / traits.std(0).clamp_min(1e-6)
         self.traits.copy_(traits)
 
@@ -298,7 +301,7 @@ class Denoiser(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def prepare(self, condition: Condition) -> PreparedCondition:
-        """Cross-attention's keys and values in every block; they do not depend on the step.
+        """What the places read of y: cross-attention's keys and values in every block, and the maps; the same at every step.
 
         Raises: FingerprintError when y has another width than the denoiser was built for.
         """
@@ -321,6 +324,8 @@ class Denoiser(nn.Module):
         """The query with the coordinates that no text can fill set to zero, at unit length again; a zero query stays zero.
 
         Else the denoiser would copy looks from an image's own embedding in training, and have nothing to copy from a text.
+
+        Differs from the paper, which reads the whole query: its CLIP space does not say where looks are.
         """
         if not self.config.query_dim:
             return query

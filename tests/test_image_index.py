@@ -23,7 +23,7 @@ from knn_diffusion.image_index import AddReport, ImageIndex, content_digest, ing
 from knn_diffusion.image_index import index as module
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
-from knn_diffusion.retrieval.engines import IndexConfig
+from knn_diffusion.retrieval.plan import IndexConfig, Reach
 
 NAMES = {
     "red": (220, 30, 30),
@@ -348,19 +348,20 @@ def test_a_full_disk_keeps_earlier_batches(photos: Path, tmp_path: Path, monkeyp
 
 
 def test_check_lists_everything_that_is_wrong(photos: Path, tmp_path: Path) -> None:
-    cells = IndexConfig(exact_below=5, cells=2, code_bits=4)
+    cells = IndexConfig(exact_below=5, cells=2)
     with ImageIndex.build([photos], tmp_path / "index", ENCODER, settings=cells) as index:
         index.check()
     for path in (tmp_path / "index" / "segments").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
-    (tmp_path / "index" / "cache" / "search.faiss").write_bytes(b"")
+    for path in (tmp_path / "index" / "cache").glob("*.faiss"):
+        path.write_bytes(b"")
     with ImageIndex.open(tmp_path / "index", ENCODER) as index, pytest.raises(StoreError) as caught:
         index.check()
     text = str(caught.value)
     for part in (
         "embeddings.npy is damaged",
         "thumbnails.npy is damaged",
-        "search.faiss is damaged",
+        "the search index in cache/ is damaged",
         "index is not sound",
     ):
         assert part in text
@@ -412,9 +413,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self, cells: bool) -> None:
         Machine.number += 1
         self.folder = self.root / str(Machine.number)
-        self.settings = (
-            IndexConfig(exact_below=4, cells=2, num_probes=2, code_bits=4, depth=30) if cells else IndexConfig()
-        )
+        self.settings = IndexConfig(exact_below=4, cells=2, image=Reach(probes=2, depth=30)) if cells else IndexConfig()
         self.index = ImageIndex.build([picture(0)], self.folder, ENCODER, rule=OFF, settings=self.settings)
         self.model = {id_of(picture(0)): picture(0)}
 

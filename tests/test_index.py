@@ -7,21 +7,26 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
+from knn_diffusion.retrieval import cell_engine
+from knn_diffusion.retrieval.cell_engine import CellEngine
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
-from knn_diffusion.retrieval.engines import CellEngine, ExactEngine, IndexConfig, cache_problem
+from knn_diffusion.retrieval.engines import ExactEngine
 from knn_diffusion.retrieval.index import LocalRetriever, Retriever
+from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.neighbors import neighbors_of, self_neighbors
+from knn_diffusion.retrieval.plan import IndexConfig, Reach
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 
 DIM = 16
 TOY = EncoderIdentity(name="toy", fingerprint="f" * 16, dim=DIM)
-CELLS = IndexConfig(exact_below=10, cells=8, num_probes=4, code_bits=4)
+CELLS = IndexConfig(exact_below=10, cells=8, image=Reach(probes=4, depth=8), text=Reach(probes=8, depth=8))
 COPIES = DedupConfig(cosine=0.9, manhattan=None)
 
 
@@ -76,10 +81,7 @@ def by_hand(
 @pytest.mark.parametrize("rule", [OFF, COPIES], ids=["all", "without copies"])
 def test_search_equals_comparing_everything(settings: IndexConfig, rule: DedupConfig) -> None:
     with filled(None) as store:
-        every_cell = IndexConfig(
-            **{**{n: getattr(settings, n) for n in settings.__slots__}, "num_probes": 8, "depth": 40}
-        )
-        retriever: Retriever = LocalRetriever(store, every_cell, rule)
+        retriever: Retriever = LocalRetriever(store, replace(settings, image=Reach(probes=8, depth=40)), rule)
         queries = vectors_of(5, seed=1)
         gone = [{"image3", "unknown"}, set(), {f"image{n}" for n in range(0, 300, 2)}, set(), {"image0"}]
         found = retriever.search(queries, 7, exclude_ids=gone)
@@ -205,19 +207,6 @@ def test_an_empty_index_says_so() -> None:
         LocalRetriever(store).search(np.ones((1, DIM)), 1)
 
 
-def test_the_plan_says_which_engine_serves() -> None:
-    with filled(None) as store:
-        assert LocalRetriever(store).plan().engine == "exact"
-        assert LocalRetriever(store).plan().reason == "300 images are at most 100000"
-        assert LocalRetriever(store, CELLS).plan().engine == "faiss OPQ, 8 cells, 4 probes, PQ"
-
-
-def test_the_paper_sizes_are_the_defaults() -> None:
-    assert IndexConfig().num_probes == 20
-    assert IndexConfig().code_bits == 8
-    assert IndexConfig().num_cells(1_000_000) == 4096
-
-
 def test_the_exact_engine_never_loads_faiss(tmp_path: Path) -> None:
     filled(tmp_path / "index").close()
     code = (
@@ -230,13 +219,13 @@ def test_the_exact_engine_never_loads_faiss(tmp_path: Path) -> None:
     assert run.stdout == "False\n"
 
 
-def test_the_cells_are_kept_and_used_again(tmp_path: Path) -> None:
+def test_the_cells_are_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with filled(tmp_path / "index") as store:
         first = LocalRetriever(store, CELLS, OFF).search(vectors_of(3, seed=1), 5)
-        kept = (tmp_path / "index" / "cache" / "search.faiss").stat().st_mtime_ns
+    monkeypatch.setattr(cell_engine, "train_index", None)
+    monkeypatch.setattr(cell_engine, "add_rows", None)
     with Store.open(tmp_path / "index") as store:
         again = LocalRetriever(store, CELLS, OFF).search(vectors_of(3, seed=1), 5)
-        assert (tmp_path / "index" / "cache" / "search.faiss").stat().st_mtime_ns == kept
     assert again.ids == first.ids
 
 
@@ -245,50 +234,129 @@ def test_damaged_or_stale_cells_are_built_again(tmp_path: Path, damage: str) -> 
     with filled(tmp_path / "index") as store:
         before = LocalRetriever(store, CELLS, OFF).search(vectors_of(3, seed=1), 5)
         assert cache_problem(tmp_path / "index") is None
-    kept, facts = (tmp_path / "index" / "cache" / name for name in ("search.faiss", "search.json"))
-    whole, said = bytearray(kept.read_bytes()), json.loads(facts.read_text())
+    facts = tmp_path / "index" / "cache" / "search.json"
+    said = json.loads(facts.read_text())
+    part = tmp_path / "index" / "cache" / f"search-{said['parts'][0]['sha256'][:16]}.faiss"
+    whole = bytearray(part.read_bytes())
     if damage == "flip":
         whole[len(whole) // 2] ^= 255
-        kept.write_bytes(whole)
+        part.write_bytes(whole)
     elif damage == "cut":
-        kept.write_bytes(whole[:100])
+        part.write_bytes(whole[:100])
     elif damage == "missing":
-        kept.unlink()
+        part.unlink()
     elif damage == "facts":
         facts.write_text("{")
     elif damage == "facts missing":
         facts.unlink()
+    elif damage == "other store":
+        facts.write_text(json.dumps(said | {"parts": [said["parts"][0] | {"store": "0"}]}))
     else:
-        facts.write_text(json.dumps(said | ({"store": "0"} if damage == "other store" else {"shape": [8, 3]})))
+        facts.write_text(json.dumps(said | {"shape": said["shape"] | {"cells": 3}}))
     assert (cache_problem(tmp_path / "index") is None) == damage.startswith("other")
     with Store.open(tmp_path / "index") as store:
         after = LocalRetriever(store, CELLS, OFF).search(vectors_of(3, seed=1), 5)
     assert after.ids == before.ids
     assert cache_problem(tmp_path / "index") is None
     assert json.loads(facts.read_text()) == said
+    assert len(list(facts.parent.iterdir())) == 3
 
 
-def test_cells_that_were_outgrown_are_built_again(tmp_path: Path) -> None:
+def test_a_build_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done > 200:
+            raise StoppedError
+
+    monkeypatch.setattr(cell_engine, "PART_ROWS", 50)
+    monkeypatch.setattr(cell_engine, "KEPT_ROWS", 50)
+    with filled(tmp_path / "whole") as store:
+        expected = LocalRetriever(store, CELLS, OFF).search(vectors_of(3, seed=1), 5)
+    with filled(tmp_path / "index") as store:
+        with pytest.raises(StoppedError):
+            LocalRetriever(store, CELLS, OFF).prepare(stop)
+        added: list[int] = []
+        monkeypatch.setattr(cell_engine, "train_index", None)
+        LocalRetriever(store, CELLS, OFF).prepare(lambda what, done, total: added.append(done))
+        assert added == [300]
+        assert LocalRetriever(store, CELLS, OFF).search(vectors_of(3, seed=1), 5).ids == expected.ids
+
+
+def test_later_rows_go_into_cells_while_searches_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cell_engine, "TAIL_ROWS", 8)
+    monkeypatch.setattr(cell_engine, "KEPT_ROWS", 60)
+    everything = replace(CELLS, image=Reach(probes=8, depth=60))
     with filled(tmp_path / "index", 100) as store:
-        retriever = LocalRetriever(store, CELLS, OFF)
+        retriever, query = LocalRetriever(store, everything, OFF), vectors_of(1, seed=3)
         retriever.prepare()
-        add(store, vectors_of(20, seed=5), 500)
-        retriever.search(vectors_of(1), 3)
-        assert isinstance(retriever._engine, CellEngine)
-        assert retriever._engine.num_rows == 100
-        add(store, vectors_of(20, seed=6), 600)
-        retriever.search(vectors_of(1), 3)
-        assert retriever._engine.num_rows == 140
+        engine = retriever._engine
+        assert isinstance(engine, CellEngine)
+        sizes = []
+        for turn in range(12):
+            add(store, vectors_of(10, seed=10 + turn), 500 + 10 * turn)
+            found = retriever.search(query, 9)
+            assert found.ids[0] == by_hand(store, query[0], 9, set(), None)[0]
+            engine.settle()
+            assert retriever.search(query, 9).ids == found.ids
+            sizes.append([part.num_rows for part in engine._parts])
+        assert sizes[0] == [100, 110]
+        assert sizes[-1][-1] == 220
+        assert max(len(one) for one in sizes) <= 5
+        assert retriever._engine is engine
+        store.remove(["image505"])
+        assert "image505" not in retriever.search(query, 218).ids[0]
+    with Store.open(tmp_path / "index") as store:
+        again = LocalRetriever(store, everything, OFF)
+        again.prepare()
+        assert isinstance(again._engine, CellEngine)
+        assert again._engine.num_rows in (160, 170, 180, 190, 200, 210, 220)
+        assert again.search(query, 9).ids[0] == by_hand(store, query[0], 9, set(), None)[0]
 
 
 def test_growing_past_the_limit_changes_the_engine() -> None:
     with filled(None, 40) as store:
-        retriever = LocalRetriever(store, IndexConfig(exact_below=50, cells=4, code_bits=4), OFF)
+        retriever = LocalRetriever(store, IndexConfig(exact_below=50, cells=4), OFF)
         retriever.search(vectors_of(1), 3)
         assert isinstance(retriever._engine, ExactEngine)
         add(store, vectors_of(20, seed=5), 500)
         assert retriever.search(vectors_of(20, seed=5)[:1], 1).ids == [["image500"]]
         assert isinstance(retriever._engine, CellEngine)
+
+
+def test_texts_look_further_than_images() -> None:
+    with filled(None, 600) as store:
+        narrow = replace(CELLS, image=Reach(probes=1, depth=1), text=Reach(probes=8, depth=60))
+        retriever, queries = LocalRetriever(store, narrow, OFF), vectors_of(20, seed=3)
+        for modality, whole in (("image", False), ("text", True)):
+            found = retriever.search(queries, 10, modality=modality)
+            exact = [by_hand(store, query, 10, set(), None)[0] for query in queries]
+            assert (found.ids == exact) == whole
+
+
+@pytest.mark.parametrize("layout", ["sq8", "fast-scan", "fast-scan-small", "paper"])
+def test_every_layout_finds_the_nearest_when_it_looks_everywhere(layout: str, tmp_path: Path) -> None:
+    with filled(tmp_path / "index") as store:
+        settings = IndexConfig(layout=layout, cells=4, image=Reach(probes=4, depth=30))
+        retriever, queries = LocalRetriever(store, settings, OFF), vectors_of(5, seed=1)
+        rows, scores = retriever.nearest(queries, 6)
+        for number, query in enumerate(queries):
+            expected = cosines(store, query)
+            assert rows[number].tolist() == expected[0][:6].tolist()
+            np.testing.assert_allclose(scores[number], expected[1][:6], atol=1e-6)
+
+
+def test_a_condition_that_leaves_few_rows_compares_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = replace(CELLS, image=Reach(probes=1, depth=1))
+    with filled(None) as store:
+        query = vectors_of(1, seed=4)
+        for few in (0, 40):
+            monkeypatch.setattr("knn_diffusion.retrieval.index.FEW_ROWS", few)
+            rows, _ = LocalRetriever(store, blind, OFF).nearest(query, 5, where="source LIKE '7_.png' OR id LIKE '%5'")
+            allowed = [row for row in cosines(store, query[0])[0] if row % 10 == 5 or 70 <= row < 80]
+            assert (rows[0].tolist() == allowed[:5]) == (few == 40)
+            assert set(rows[0].tolist()) <= set(allowed)
 
 
 def test_searches_from_many_threads_agree() -> None:

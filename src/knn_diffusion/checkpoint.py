@@ -176,21 +176,31 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 
     Raises: KnnDiffusionError when the disk is full or not writable.
     """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` for others to write, which takes its place when the block ends without an error.
+
+    Raises: KnnDiffusionError when the disk is full or not writable.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        os.close(handle)
     except OSError as error:
         raise _write_error(path, error) from None
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        yield temporary
+        _sync(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
         _sync(path.parent)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise _write_error(path, error) from None
         raise

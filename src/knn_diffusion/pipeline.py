@@ -198,7 +198,7 @@ class KnnDiffusion:
         query = self.model.encoder.encode_texts([prompt])  # 1 dim
         if request.k == 0:
             return make_condition(torch.from_numpy(query), torch.zeros(1, 0, query.shape[1])), NeighborList()
-        found = self.index.search(query, request.k, exclude_ids=request.exclude_ids)
+        found = self.index.search(query, request.k, exclude_ids=request.exclude_ids, modality="text")
         count = request.k - int(found.shortfall[0])
         ids = found.ids[0][:count]
         neighbors = NeighborList(

@@ -169,7 +169,7 @@ def shown_in(source: str, names: Collection[str]) -> set[str]:
 
 def nearest_sources(pipe: Pipe, text: str, k: int) -> list[str]:
     """Where the k nearest images of a text came from, best first."""
-    found = pipe.index.search(pipe.model.encoder.encode_texts([text]), k)
+    found = pipe.index.search(pipe.model.encoder.encode_texts([text]), k, modality="text")
     return list(pipe.index.sources([one for one in found.ids[0] if one]))
 
 

@@ -30,9 +30,10 @@ from knn_diffusion.image_index.ingest import AddReport, Batch, Images, find_sour
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
 from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig, calibrate, default_rule
-from knn_diffusion.retrieval.engines import IndexConfig, cache_problem
-from knn_diffusion.retrieval.index import LocalRetriever, Plan
+from knn_diffusion.retrieval.index import LocalRetriever
+from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.neighbors import Progress, neighbors_of, self_neighbors
+from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan
 from knn_diffusion.retrieval.segments import unit_rows
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
 from knn_diffusion.shapes import Neighbors
@@ -204,6 +205,7 @@ class ImageIndex:
         exclude_ids: Excluded | None = None,
         where: str | None = None,
         *,
+        modality: Modality = "image",
         deduplicate: bool = True,
     ) -> Neighbors:
         """The k nearest images of each vector, best first, copies of a better one left out.
@@ -211,16 +213,19 @@ class ImageIndex:
         Args:
             exclude_ids: ids no query may find, or for each query the ids it may not find.
             where: an SQL condition over id, source, key and added_at, such as `source LIKE '%fruit%'`.
+            modality: what the vectors are embeddings of; among very many images texts must look further.
 
         Raises: UsageError when k is below 1 or beyond the index, or `where` is no condition; FingerprintError when the
             vectors have another width.
         """
         excluded = _per_query(exclude_ids, len(queries))
-        return self._retriever.search(queries, k, excluded, where, rule=None if deduplicate else OFF)
+        rule = None if deduplicate else OFF
+        return self._retriever.search(queries, k, excluded, where, modality=modality, rule=rule)
 
     def search_text(self, text: str | Sequence[str], k: int, **options: Any) -> Neighbors:
         """The k images nearest to each text; options as in `search`."""
-        return self.search(self.encoder.encode_texts([text] if isinstance(text, str) else list(text)), k, **options)
+        queries = self.encoder.encode_texts([text] if isinstance(text, str) else list(text))
+        return self.search(queries, k, modality="text", **options)
 
     def search_image(self, image: str | Path | Image.Image, k: int, **options: Any) -> Neighbors:
         """The k images nearest to an image, the image itself first if it is in the index; options as in `search`."""

@@ -84,6 +84,12 @@ class Snapshot:
         return len(self.alive)
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of the segments. They are never used twice, so what was made from the first ones still holds
+        while a later snapshot begins with them."""
+        return tuple(segment.number for segment in self.segments)
+
+    @property
     def live_rows(self) -> Int[np.ndarray, "items"]:
         """The rows that are not removed, in the order they were added."""
         return np.flatnonzero(self.alive)

@@ -1,0 +1,176 @@
+"""Faiss indexes over cells (paper A.3): trained on a sample of the embeddings, then filled a block of rows at a time.
+
+Cells are those of spherical k-means, and a query looks into the cells of the largest inner product with their unit
+centroids: for texts, which lie far from every image, ranking cells by distance or by their means finds fewer. Codes are
+trained on images rotated by OPQ. With very many cells the centroids are themselves searched by short codes, because
+comparing all would cost more than the search inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int, Int64
+
+from knn_diffusion.retrieval.plan import (
+    BITS_PER_CODE,
+    KMEANS_ITERATIONS,
+    POINTS_PER_CELL,
+    Layout,
+    num_codes,
+)
+
+MANY_CELLS = 16_384
+"""From so many cells on their centroids are searched by codes."""
+CENTROIDS_COMPARED = 10
+"""Centroids compared for each cell wanted, when they are searched by codes."""
+ROTATION_SAMPLE, ROTATION_ITERATIONS = 16_384, 8
+CODE_SAMPLE = 100_000
+
+
+def train_index(layout: Layout, sample: Float32[np.ndarray, "rows dim"], cells: int) -> Any:
+    """An empty faiss index of this layout, ready to take rows. Deterministic for the same sample.
+
+    Args:
+        sample: unit vectors, at least as many as cells; fewer than a code needs are repeated.
+    """
+    faiss, dim = faiss_module(), sample.shape[1]
+    # With fewer vectors than centroids faiss refuses, with fewer than dimensions its OPQ writes beyond its memory (1.15.1).
+    enough = np.resize(sample, (max(len(sample), 256, 2 * dim), dim))
+    if layout == "sq8":
+        coarse = _coarse(_centroids(enough, cells), dim)
+        index = faiss.IndexIVFScalarQuantizer(
+            coarse, dim, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+        )
+        coarse.this.disown()
+        index.own_fields = True
+        index.train(enough[:CODE_SAMPLE])
+        return index
+    rotation = _rotation(enough, num_codes(layout, dim))
+    turned = rotation.apply(enough)
+    coarse = _coarse(_centroids(turned, cells), dim)
+    kind = faiss.IndexIVFPQ if layout == "paper" else faiss.IndexIVFPQFastScan
+    index = kind(coarse, dim, cells, num_codes(layout, dim), BITS_PER_CODE[layout], faiss.METRIC_INNER_PRODUCT)
+    coarse.this.disown()
+    index.own_fields = True
+    index.by_residual = True
+    index.pq.cp.min_points_per_centroid = 1
+    index.train(turned[:CODE_SAMPLE])
+    rotated = faiss.IndexPreTransform(rotation, index)
+    rotation.this.disown()
+    index.this.disown()
+    rotated.own_fields = True
+    return rotated
+
+
+def search_cells(
+    index: Any,
+    queries: Float32[np.ndarray, "queries dim"],
+    depth: int,
+    probes: int,
+    allowed: bytes | None,
+) -> Int64[np.ndarray, "queries depth"]:
+    """Numbers of the rows that are nearest by their codes, filled with -1; the index is never changed by a request.
+
+    Args:
+        allowed: one bit for each row number, 1 for those that may be found; None for all.
+    """
+    faiss = faiss_module()
+    options: dict[str, Any] = {"nprobe": min(probes, num_cells(index))}
+    if allowed is not None:
+        options["sel"] = faiss.IDSelectorBitmap(np.frombuffer(allowed, np.uint8))
+    parameters = faiss.SearchParametersIVF(**options)
+    if isinstance(index, faiss.IndexPreTransform):
+        parameters = faiss.SearchParametersPreTransform(index_params=parameters)
+    _, found = index.search(np.ascontiguousarray(queries), depth, params=parameters)
+    return found
+
+
+def add_rows(index: Any, vectors: Float32[np.ndarray, "rows dim"], first_row: int) -> None:
+    """Put unit vectors into their cells under the numbers from `first_row` on."""
+    index.add_with_ids(np.ascontiguousarray(vectors), np.arange(first_row, first_row + len(vectors)))
+
+
+def empty_like(index: Any) -> Any:
+    """A trained index with the same cells and codes, and no rows."""
+    made = faiss_module().clone_index(index)
+    made.reset()
+    return made
+
+
+def take_rows(index: Any, other: Any) -> None:
+    """Move all rows of `other`, which was trained together with it, into the index; `other` is left empty."""
+    index.merge_from(other, 0)
+
+
+def merged(one: Any, other: Any) -> Any:
+    """A new index with the rows of both; both stay as they are."""
+    clone = faiss_module().clone_index
+    both = clone(one)
+    take_rows(both, clone(other))
+    return both
+
+
+def cells_of(index: Any, vectors: Float32[np.ndarray, "rows dim"], count: int) -> Int[np.ndarray, "rows count"]:
+    """The `count` cells nearest to each vector, best first."""
+    faiss = faiss_module()
+    if isinstance(index, faiss.IndexPreTransform):
+        vectors = faiss.downcast_VectorTransform(index.chain.at(0)).apply(np.ascontiguousarray(vectors))
+    return faiss.extract_index_ivf(index).quantizer.search(np.ascontiguousarray(vectors), count)[1]
+
+
+def num_cells(index: Any) -> int:
+    """Cells of an index."""
+    return int(faiss_module().extract_index_ivf(index).nlist)
+
+
+def faiss_module() -> Any:
+    """Faiss, imported when first needed: an index in which every image is compared never does."""
+    import faiss
+
+    return faiss
+
+
+def _centroids(sample: Float32[np.ndarray, "rows dim"], cells: int) -> Float32[np.ndarray, "cells dim"]:
+    """Unit centroids by spherical k-means."""
+    kmeans = faiss_module().Kmeans(
+        sample.shape[1],
+        cells,
+        niter=KMEANS_ITERATIONS,
+        spherical=True,
+        seed=1,
+        min_points_per_centroid=1,
+        max_points_per_centroid=POINTS_PER_CELL,
+    )
+    kmeans.train(np.ascontiguousarray(sample))
+    return kmeans.centroids
+
+
+def _coarse(centroids: Float32[np.ndarray, "cells dim"], dim: int) -> Any:
+    """What finds the cells of a vector: every centroid compared, or the best by short codes compared again."""
+    faiss = faiss_module()
+    if len(centroids) < MANY_CELLS:
+        index = faiss.IndexFlatIP(dim)
+    else:
+        codes = faiss.IndexPQFastScan(dim, num_codes("fast-scan", dim), 4, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexRefineFlat(codes)
+        codes.this.disown()
+        index.own_fields = True
+        index.k_factor = CENTROIDS_COMPARED
+        index.train(centroids)
+    index.add(centroids)
+    return index
+
+
+def _rotation(sample: Float32[np.ndarray, "rows dim"], parts: int) -> Any:
+    """OPQ with four-bit codes: a rotation that serves one length of code serves the other."""
+    faiss, dim = faiss_module(), sample.shape[1]
+    rotation = faiss.OPQMatrix(dim, parts)
+    codes = faiss.ProductQuantizer(dim, parts, 4)
+    codes.cp.min_points_per_centroid = 1
+    rotation.pq = codes
+    rotation.niter, rotation.max_train_points = ROTATION_ITERATIONS, ROTATION_SAMPLE
+    rotation.train(np.ascontiguousarray(sample[:ROTATION_SAMPLE]))
+    rotation.pq = None
+    return rotation

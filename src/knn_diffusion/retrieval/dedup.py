@@ -22,6 +22,8 @@ from knn_diffusion.retrieval.store import Store
 KNOWN_THRESHOLDS = {"clip": 0.9}
 """Cosine thresholds of encoders by a word of their name; others are calibrated on the data."""
 FLOOR, CEILING = 0.9, 0.9999
+COMPARED_AT_ONCE = 32
+"""Lists of up to so many neighbors are first looked at whole: most repeat nothing, and then that was all."""
 
 
 @config
@@ -78,12 +80,53 @@ def first_different(
 
     Greedy, best first: a candidate goes only if it repeats one that stays. (Chains of likeness would remove half of all.)
     """
+    if k > COMPARED_AT_ONCE:
+        return _one_by_one(candidates, pictures, valid, k, rule)
+    first = (~valid).int().argsort(dim=1, stable=True)[:, :k]
+    chosen = torch.where(valid.gather(1, first), first, -1)
+    if chosen.shape[1] < k:
+        chosen = torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=-1)
+    repeating = _any_repeats(candidates, pictures, chosen, rule).nonzero()[:, 0]
+    if len(repeating):
+        chosen[repeating] = _one_by_one(candidates[repeating], pictures[repeating], valid[repeating], k, rule)
+    return chosen
+
+
+def _any_repeats(
+    candidates: Float[Tensor, "queries candidates dim"],
+    pictures: Int16[Tensor, "queries candidates values"],
+    chosen: Int[Tensor, "queries k"],
+    rule: DedupConfig,
+) -> Bool[Tensor, "queries"]:
+    """Whether any two of the chosen candidates show the same picture."""
+    if rule == OFF:
+        return torch.zeros(len(chosen), dtype=torch.bool, device=chosen.device)
+    place = chosen.clamp_min(0)[:, :, None]
+    vectors, shown = candidates.take_along_dim(place, 1), pictures.take_along_dim(place, 1)
+    same = torch.zeros(*chosen.shape, chosen.shape[1], dtype=torch.bool, device=chosen.device)
+    if rule.cosine is not None:
+        same |= torch.bmm(vectors, vectors.transpose(1, 2)) > rule.cosine
+    if rule.manhattan is not None:
+        known = shown[:, :, 0] >= 0
+        distance = (shown[:, :, None] - shown[:, None]).abs().sum(-1)
+        same |= known[:, :, None] & known[:, None] & (distance <= rule.manhattan * THUMBNAIL_VALUES)
+    there = chosen >= 0
+    return (same & there[:, :, None] & there[:, None]).triu(1).flatten(1).any(1)
+
+
+def _one_by_one(
+    candidates: Float[Tensor, "queries candidates dim"],
+    pictures: Int16[Tensor, "queries candidates values"],
+    valid: Bool[Tensor, "queries candidates"],
+    k: int,
+    rule: DedupConfig,
+) -> Int[Tensor, "queries k"]:
+    """Take the best that is left, and leave out what repeats it, k times."""
     left, chosen = valid.clone(), []
     here = torch.arange(len(candidates), device=candidates.device)
     for _ in range(k):
         place = left.int().argmax(1)
-        found = left.any(1)
-        chosen.append(torch.where(found, place, -1))
+        chosen.append(torch.where(left.any(1), place, -1))
         left[here, place] = False
         if rule != OFF:
             left &= ~duplicates(candidates[here, place], pictures[here, place], candidates, pictures, rule)

@@ -18,7 +18,7 @@ from knn_diffusion.retrieval.cell_engine import CellEngine, Progress
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.engines import Allowed, Engine, ExactEngine, FewRowsEngine
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, Reach, plan_for
-from knn_diffusion.retrieval.ranking import Search, answer
+from knn_diffusion.retrieval.ranking import RowsInMemory, Search, Vectors, answer
 from knn_diffusion.retrieval.segments import Snapshot, unit_rows
 from knn_diffusion.retrieval.store import Store
 from knn_diffusion.shapes import Neighbors
@@ -58,6 +58,7 @@ class LocalRetriever:
         self.settings = settings or IndexConfig()
         self.rule = rule or DedupConfig()
         self._engine: Engine | None = None
+        self._vectors: Vectors = store.embeddings
         self._alive = Allowed(np.zeros(0, bool))
         self._lock = threading.Lock()
 
@@ -135,7 +136,7 @@ class LocalRetriever:
             allowed = Allowed(self.store.matching(where, snapshot))
             if allowed.count <= FEW_ROWS and not isinstance(engine, ExactEngine):
                 engine = FewRowsEngine(self.store, snapshot, allowed)
-        return Search(self.store, engine, snapshot, allowed, rule, drop_copies)
+        return Search(self.store, self._vectors, engine, snapshot, allowed, rule, drop_copies)
 
     def _live(self, snapshot: Snapshot) -> Allowed:
         """The rows of the snapshot that are not removed, counted once for all searches of it."""
@@ -147,13 +148,22 @@ class LocalRetriever:
     def _ready(self, snapshot: Snapshot, progress: Progress | None = None) -> Engine:
         """The engine for this many images, built or built anew when the size or a compaction asks for it."""
         with self._lock:
-            engine = self._engine
-            exact = plan_for(self._live(snapshot).count, self.store.encoder.dim, self.settings).layout == "exact"
-            if engine is None or not engine.serves(snapshot) or exact != isinstance(engine, ExactEngine):
-                self._engine = engine = (
-                    ExactEngine(self.store) if exact else CellEngine(self.store, self.plan(), progress=progress)
-                )
+            engine, count = self._engine, self._live(snapshot).count
+            exact = count <= self.settings.exact_below if self.settings.layout == "auto" else None
+            if (
+                engine is None
+                or not engine.serves(snapshot)
+                or (exact is not None and exact != isinstance(engine, ExactEngine))
+            ):
+                self._engine = engine = self._made(snapshot, progress)
             return engine
+
+    def _made(self, snapshot: Snapshot, progress: Progress | None) -> Engine:
+        plan = self.plan()
+        if plan.layout == "exact":
+            return ExactEngine(self.store)
+        self._vectors = RowsInMemory(self.store, snapshot) if self.settings.rows_in_memory else self.store.embeddings
+        return CellEngine(self.store, plan, progress=progress)
 
 
 _NONE = np.zeros(0, np.int64)

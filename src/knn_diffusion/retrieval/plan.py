@@ -59,6 +59,8 @@ class IndexConfig:
 
     layout        exact compares every image; sq8, fast-scan and fast-scan-small keep one byte, two bits and one bit a
                   dimension in memory; paper is A.3's, one byte for two dimensions; auto chooses by size and memory
+    rows_in_memory  hold the embeddings that candidates are compared by in memory (two bytes a dimension) instead of
+                  mapping them from the disk
     exact_below   up to this many images auto compares every one
     memory_bytes  what auto may take; None: half of the machine's memory
     cells         number of cells; None: 4·sqrt(images), a power of two, at least 16
@@ -66,6 +68,7 @@ class IndexConfig:
     """
 
     layout: Literal["auto"] | Layout = "auto"
+    rows_in_memory: bool = False
     exact_below: int = 100_000
     memory_bytes: int | None = None
     cells: int | None = None
@@ -126,6 +129,9 @@ def plan_for(count: int, dim: int, settings: IndexConfig) -> Plan:
         )
     cells = settings.num_cells(count)
     memory = _memory(layout, count, dim, cells)
+    disk = memory
+    if settings.rows_in_memory:
+        memory += 2 * dim * count
     points = training_points(count, dim, cells)
     seconds = KMEANS_ITERATIONS * points * cells * dim / TRAINING_SPEED + count / ADDING_SPEED
     return Plan(
@@ -133,7 +139,7 @@ def plan_for(count: int, dim: int, settings: IndexConfig) -> Plan:
         count=count,
         cells=cells,
         memory_bytes=memory,
-        disk_bytes=memory,
+        disk_bytes=disk,
         build_seconds=seconds,
         reason=reason,
     )

@@ -1,12 +1,12 @@
 """From candidates to exactly K neighbors: ranked by the stored embeddings, without the excluded and without copies.
 
-Candidates are first compared in float32, many queries at a time; those that may stay are compared again in float64, one
-query at a time, so that scores do not depend on what else is asked at the same time.
+Candidates are first compared in float32, and those that may stay again in float64: one query at a time, so that nothing
+depends on what else is asked at the same time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +29,33 @@ _MAX_VALUES = 2**24  # of candidate vectors held at once
 Ranked = tuple[Int64[np.ndarray, "queries count"], Float64[np.ndarray, "queries count"]]
 """Rows, best first, -1 where none is left, and their cosines, 0 there."""
 
+Vectors = Callable[[np.ndarray, Snapshot], np.ndarray]
+"""(rows, snapshot) -> the stored float16 vectors of these rows: `Store.embeddings`, or `RowsInMemory`."""
+
+
+class RowsInMemory:
+    """The stored vectors in one array; those of rows added later are read from the store."""
+
+    def __init__(self, store: Store, snapshot: Snapshot) -> None:
+        self._store = store
+        self._known = store.embeddings(np.arange(snapshot.num_rows), snapshot)
+
+    def __call__(self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot) -> Float16[np.ndarray, "rows dim"]:
+        """The stored vectors of these rows."""
+        later = rows >= len(self._known)
+        if not later.any():
+            return self._known.take(rows, axis=0)
+        out = self._known.take(np.where(later, 0, rows), axis=0)
+        out[later] = self._store.embeddings(rows[later], snapshot)
+        return out
+
 
 @dataclass(frozen=True, slots=True)
 class Search:
     """One call of `search`: what it sees and by which rules."""
 
     store: Store
+    vectors: Vectors
     engine: Engine
     snapshot: Snapshot
     allowed: Allowed
@@ -88,42 +109,35 @@ class Search:
         order = self._different(units, rows, k) if self._choosy else np.argsort(rows < 0, axis=1, kind="stable")[:, :k]
         rows = np.where(order < 0, ABSENT, np.take_along_axis(rows, np.maximum(order, 0), 1))
         scores = np.where(rows < 0, 0, np.take_along_axis(scores, np.maximum(order, 0), 1))
-        short = ((0, 0), (0, k - rows.shape[1]))
-        return np.pad(rows, short, constant_values=ABSENT), np.pad(scores, short)
+        if rows.shape[1] < k:
+            short = ((0, 0), (0, k - rows.shape[1]))
+            rows, scores = np.pad(rows, short, constant_values=ABSENT), np.pad(scores, short)
+        return rows, scores
 
     def _ranked(
         self, units: Float32[np.ndarray, "queries dim"], proposed: Int[np.ndarray, "queries found"], fetch: int
     ) -> Ranked:
         """The `fetch` candidates of the largest cosine; equal ones in the order they were added."""
-        kept = min(fetch + SPARE, proposed.shape[1])
-        if kept < proposed.shape[1]:
-            proposed = self._roughly_best(units, proposed, kept)
-        scores = np.full(proposed.shape, -np.inf)
-        vectors = self._vectors(proposed)
-        for query, unit in enumerate(units):
-            scores[query] = np.where(proposed[query] < 0, -np.inf, cosines(vectors[query], unit))
-        order = np.lexsort((proposed, -scores), axis=1)[:, :fetch]
-        return np.take_along_axis(proposed, order, 1), np.take_along_axis(scores, order, 1)
-
-    def _roughly_best(
-        self, units: Float32[np.ndarray, "queries dim"], proposed: Int[np.ndarray, "queries found"], kept: int
-    ) -> Int[np.ndarray, "queries kept"]:
-        """The candidates with the largest cosines in float32, in no order."""
-        out = np.empty((len(units), kept), np.int64)
+        count = min(fetch, proposed.shape[1])
+        rows, scores = np.full((len(units), count), ABSENT, np.int64), np.full((len(units), count), -np.inf)
         step = max(1, _MAX_VALUES // (proposed.shape[1] * units.shape[1]))
         for start in range(0, len(units), step):
-            some = slice(start, start + step)
-            vectors = torch.from_numpy(self._vectors(proposed[some])).float()
-            scores = torch.bmm(vectors, torch.from_numpy(units[some])[:, :, None])[:, :, 0]
-            scores /= vectors.square().sum(-1).sqrt_()
-            scores[torch.from_numpy(proposed[some] < 0)] = -torch.inf
-            top = scores.topk(kept, dim=1, sorted=False).indices.numpy()
-            out[some] = np.take_along_axis(proposed[some], top, 1)
-        return out
+            stored = self._vectors(proposed[start : start + step])
+            wide = torch.from_numpy(stored).float().numpy()
+            for query, unit in enumerate(units[start : start + step]):
+                valid = np.flatnonzero(proposed[start + query] >= 0)
+                if len(valid) > count + SPARE:
+                    rough = wide[query][valid] @ unit if len(valid) < proposed.shape[1] else wide[query] @ unit
+                    valid = valid[np.argpartition(-rough, count + SPARE)[: count + SPARE]]
+                exact, named = cosines(stored[query][valid], unit), proposed[start + query][valid]
+                order = np.lexsort((named, -exact))[:count]
+                rows[start + query, : len(order)] = named[order]
+                scores[start + query, : len(order)] = exact[order]
+        return rows, scores
 
     def _vectors(self, rows: Int[np.ndarray, "queries found"]) -> Float16[np.ndarray, "queries found dim"]:
         """The stored vectors, those of the first row where a row is absent."""
-        return self.store.embeddings(np.maximum(rows, 0).ravel(), self.snapshot).reshape(*rows.shape, -1)
+        return self.vectors(np.maximum(rows, 0).ravel(), self.snapshot).reshape(*rows.shape, -1)
 
     def _different(
         self, units: Float32[np.ndarray, "queries dim"], rows: Int[np.ndarray, "queries found"], k: int

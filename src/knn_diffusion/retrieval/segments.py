@@ -104,11 +104,9 @@ class Snapshot:
     ) -> Iterator[tuple[Int[np.ndarray, "some"], Int[np.ndarray, "some"], Segment]]:
         """Which of the rows lie in which segment: their places in `rows`, their rows inside the segment, the segment."""
         firsts = np.array([segment.first_row for segment in self.segments], np.int64)
-        owners = np.searchsorted(firsts, rows, side="right") - 1
-        order = np.argsort(owners, kind="stable")
-        bounds = np.flatnonzero(np.diff(owners[order])) + 1
-        for places in np.split(order, bounds) if len(order) else []:
-            segment = self.segments[owners[places[0]]]
+        owners = firsts.searchsorted(rows, side="right") - 1
+        for owner in np.flatnonzero(np.bincount(owners)) if len(rows) else ():
+            segment, places = self.segments[owner], np.flatnonzero(owners == owner)
             yield places, rows[places] - segment.first_row, segment
 
     def runs(self) -> Iterator[Int[np.ndarray, "some"]]:
@@ -165,7 +163,7 @@ def _read(path: Path, digest: str, shape: tuple[int, int], kind: type) -> np.nda
     try:
         if file_digest(path) != digest:
             raise StoreError(f"{path} is damaged (its digest is not the stored one): {CURE}")
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # a memmap costs with each indexing
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read ({error}): {CURE}") from None
     if array.shape != shape or array.dtype != kind:

@@ -197,7 +197,7 @@ class Store:
         """The stored vectors of these rows, copied. Raises: StoreError when a segment is missing or damaged."""
         out = np.empty((len(rows), self.encoder.dim), np.float16)
         for places, local, segment in (snapshot or self.snapshot()).split(rows):
-            out[places] = segment.read_embeddings(self.encoder.dim)[local]
+            out[places] = segment.read_embeddings(self.encoder.dim).take(local, axis=0)
         return out
 
     def thumbnails(

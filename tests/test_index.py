@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
-from knn_diffusion.retrieval import cell_engine
+from knn_diffusion.retrieval import cell_engine, cell_join, neighbors
 from knn_diffusion.retrieval.cell_engine import CellEngine
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.engines import ExactEngine
@@ -396,6 +396,57 @@ def test_self_neighbors_equal_comparing_every_pair(monkeypatch: pytest.MonkeyPat
             expected, _ = by_hand(store, stored[place], 4, copies, 0.9)
             assert [ids[n] for n in table[place]] == expected
         assert heard[-1] == ("finding neighbors", 298, 298)
+
+
+def test_self_neighbors_by_cells_are_nearly_those_of_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    with filled(None, 3000) as store:
+        store.remove([f"image{n}" for n in range(100, 160)])
+        exact = self_neighbors(store, 4, COPIES)
+        monkeypatch.setattr(neighbors, "EVERY_PAIR", 1000)
+        table = self_neighbors(store, 4, COPIES)
+        assert table.shape == (2940, 4)
+        assert not (table == np.arange(2940)[:, None]).any()
+        shares = [len(set(one) & set(other)) / 4 for one, other in zip(table, exact, strict=True)]
+        assert np.mean(shares) > 0.98
+
+
+def test_a_join_of_all_cells_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    with filled(None) as store:
+        store.remove(["image7"])
+        exact = self_neighbors(store, 250, COPIES)
+        monkeypatch.setattr(neighbors, "EVERY_PAIR", 10)
+        monkeypatch.setattr(cell_join, "JOINED_CELLS", 64)
+        np.testing.assert_array_equal(self_neighbors(store, 250, COPIES), exact)
+
+
+def test_an_interrupted_join_goes_on_with_the_next_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "finding neighbors" and done > 150:
+            raise StoppedError
+
+    monkeypatch.setattr(neighbors, "EVERY_PAIR", 10)
+    monkeypatch.setattr(cell_join, "NOTED_EVERY", 1)
+    monkeypatch.setattr(cell_join, "MEMORY_BYTES", 100)
+    output, told = tmp_path / "neighbors.npy", []
+    with filled(None) as store:
+        expected = self_neighbors(store, 3, COPIES)
+        with pytest.raises(StoppedError):
+            self_neighbors(store, 3, COPIES, output=output, progress=stop)
+        assert not output.exists()
+        self_neighbors(store, 3, COPIES, output=output, progress=lambda *one: told.append(one))
+        assert min(done for what, done, _ in told if what == "finding neighbors") > 150
+        np.testing.assert_array_equal(np.load(output), expected)
+        assert [path.name for path in tmp_path.iterdir()] == ["neighbors.npy"]
+        with pytest.raises(StoppedError):
+            self_neighbors(store, 3, COPIES, output=output, progress=stop)
+        store.remove(["image0"])
+        told.clear()
+        self_neighbors(store, 3, COPIES, output=output, progress=lambda *one: told.append(one))
+        assert min(done for what, done, _ in told if what == "finding neighbors") < 150
+        assert len(np.load(output)) == 299
 
 
 def test_self_neighbors_leave_out_pictures_that_look_like_the_image() -> None:

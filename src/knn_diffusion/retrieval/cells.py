@@ -39,7 +39,7 @@ def train_index(layout: Layout, sample: Float32[np.ndarray, "rows dim"], cells: 
     # With fewer vectors than centroids faiss refuses, with fewer than dimensions its OPQ writes beyond its memory (1.15.1).
     enough = np.resize(sample, (max(len(sample), 256, 2 * dim), dim))
     if layout == "sq8":
-        coarse = _coarse(_centroids(enough, cells), dim)
+        coarse = _coarse(spherical_centroids(enough, cells), dim)
         index = faiss.IndexIVFScalarQuantizer(
             coarse, dim, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
         )
@@ -49,7 +49,7 @@ def train_index(layout: Layout, sample: Float32[np.ndarray, "rows dim"], cells: 
         return index
     rotation = _rotation(enough, num_codes(layout, dim))
     turned = rotation.apply(enough)
-    coarse = _coarse(_centroids(turned, cells), dim)
+    coarse = _coarse(spherical_centroids(turned, cells), dim)
     kind = faiss.IndexIVFPQ if layout == "paper" else faiss.IndexIVFPQFastScan
     index = kind(coarse, dim, cells, num_codes(layout, dim), BITS_PER_CODE[layout], faiss.METRIC_INNER_PRODUCT)
     coarse.this.disown()
@@ -120,20 +120,8 @@ def cells_of(index: Any, vectors: Float32[np.ndarray, "rows dim"], count: int) -
     return faiss.extract_index_ivf(index).quantizer.search(np.ascontiguousarray(vectors), count)[1]
 
 
-def num_cells(index: Any) -> int:
-    """Cells of an index."""
-    return int(faiss_module().extract_index_ivf(index).nlist)
-
-
-def faiss_module() -> Any:
-    """Faiss, imported when first needed: an index in which every image is compared never does."""
-    import faiss
-
-    return faiss
-
-
-def _centroids(sample: Float32[np.ndarray, "rows dim"], cells: int) -> Float32[np.ndarray, "cells dim"]:
-    """Unit centroids by spherical k-means."""
+def spherical_centroids(sample: Float32[np.ndarray, "rows dim"], cells: int) -> Float32[np.ndarray, "cells dim"]:
+    """Unit centroids by spherical k-means, the same for the same sample."""
     kmeans = faiss_module().Kmeans(
         sample.shape[1],
         cells,
@@ -145,6 +133,26 @@ def _centroids(sample: Float32[np.ndarray, "rows dim"], cells: int) -> Float32[n
     )
     kmeans.train(np.ascontiguousarray(sample))
     return kmeans.centroids
+
+
+def nearest_centroids(
+    centroids: Float32[np.ndarray, "cells dim"], vectors: Float32[np.ndarray, "rows dim"], count: int
+) -> Int[np.ndarray, "rows count"]:
+    """The `count` centroids with the largest inner product with each vector, best first."""
+    coarse = _coarse(centroids, centroids.shape[1])
+    return coarse.search(np.ascontiguousarray(vectors), count)[1]
+
+
+def num_cells(index: Any) -> int:
+    """Cells of an index."""
+    return int(faiss_module().extract_index_ivf(index).nlist)
+
+
+def faiss_module() -> Any:
+    """Faiss, imported when first needed: an index in which every image is compared never does."""
+    import faiss
+
+    return faiss
 
 
 def _coarse(centroids: Float32[np.ndarray, "cells dim"], dim: int) -> Any:

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
+from knn_diffusion.checkpoint import atomic_write_bytes
 from knn_diffusion.errors import UsageError
+from knn_diffusion.retrieval.cell_join import UnfinishedTable, join_cells, lay_out
 from knn_diffusion.retrieval.dedup import DedupConfig, duplicates, first_different, gather
-from knn_diffusion.retrieval.segments import Snapshot
+from knn_diffusion.retrieval.segments import Snapshot, npy_bytes
 from knn_diffusion.retrieval.store import Store
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""
 
+EVERY_PAIR = 50_000
+"""Up to so many images every pair is compared."""
 QUERY_ROWS, ITEM_ROWS = 1024, 16_384
 ABSENT = -1
 _MAX_VALUES = 2**25  # of candidate vectors held at once
 
 
 def self_neighbors(
-    store: Store, k: int, rule: DedupConfig, *, device: torch.device | str = "cpu", progress: Progress | None = None
+    store: Store,
+    k: int,
+    rule: DedupConfig,
+    *,
+    device: torch.device | str = "cpu",
+    output: Path | None = None,
+    progress: Progress | None = None,
 ) -> Int[np.ndarray, "items k"]:
     """For every image the places of its k nearest others among the images that are not removed, best first.
 
     Left out are the image itself, by its place, and images that show the same picture by `rule`, held against it and
-    against each other. Every pair is compared, in blocks of bounded memory.
+    against each other. Up to EVERY_PAIR images every pair is compared; beyond, those that lie in near cells
+    (`cell_join`), which misses less than one in a hundred.
+
+    Args:
+        output: a .npy file to write the table to as it comes; an interrupted call goes on there.
 
     Returns: places in the order of `Snapshot.live_rows`, -1 where too few images are left; int64 beyond 2³¹ images.
     Raises: UsageError when k is below 1; StoreError when the store is damaged.
     """
     finder = _finder(store, k, rule, device)
+    if len(finder.rows) > EVERY_PAIR:
+        return _joined(finder, output, progress)
     table = finder.empty_table(len(finder.rows))
     for start in range(0, len(table), QUERY_ROWS):
         own = np.arange(start, min(start + QUERY_ROWS, len(table)))
@@ -42,7 +60,24 @@ def self_neighbors(
         table[own] = finder.find(queries.to(finder.device), own[:, None])
         if progress is not None:
             progress("finding neighbors", int(own[-1]) + 1, len(table))
+    if output is not None:
+        atomic_write_bytes(output, npy_bytes(table))
     return table
+
+
+def _joined(finder: _Finder, output: Path | None, progress: Progress | None) -> Int[np.ndarray, "items k"]:
+    """By cells; what is done lies beside `output` until the table is whole."""
+
+    def choose(queries: Tensor, own: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return finder.choose(queries, own[:, None], places)
+
+    table, kept = finder.empty_table(len(finder.rows)), None
+    if output is not None:
+        kept = UnfinishedTable.open(output, table.shape, table.dtype, finder.digest)
+        table = kept.table
+    layout = lay_out(finder.store, finder.snapshot, output.parent if output is not None else None, progress)
+    join_cells(layout, table, 4 * finder.k + 9, choose, finder.device, kept=kept, progress=progress)
+    return table if kept is None else kept.finish()
 
 
 def neighbors_of(
@@ -84,6 +119,13 @@ class _Finder:
     rule: DedupConfig
     device: torch.device
 
+    @property
+    def digest(self) -> str:
+        """Of all that decides what a table of self-neighbors holds."""
+        alive = np.packbits(self.snapshot.alive).tobytes()
+        parts = (self.snapshot.digest(len(self.snapshot.segments)).encode(), alive, repr((self.k, self.rule)).encode())
+        return hashlib.sha256(b" ".join(parts)).hexdigest()
+
     def empty_table(self, count: int) -> Int[np.ndarray, "queries k"]:
         return np.full((count, self.k), ABSENT, np.int32 if len(self.rows) < 2**31 else np.int64)
 
@@ -96,7 +138,7 @@ class _Finder:
         fetch = min(4 * self.k + 8 + excluded.shape[1], total)
         while len(pending) and fetch:
             places = self._nearest(queries[pending], fetch)
-            out[pending] = self._choose(queries[pending], excluded[pending], places)
+            out[pending] = self.choose(queries[pending], excluded[pending], places)
             if fetch == total:
                 break
             pending, fetch = pending[out[pending, -1] < 0], min(4 * fetch, total)
@@ -115,7 +157,7 @@ class _Finder:
             places = numbers.gather(1, top)
         return places.cpu().numpy()
 
-    def _choose(
+    def choose(
         self,
         queries: Float[Tensor, "queries dim"],
         excluded: Int[np.ndarray, "queries excluded"],

@@ -58,7 +58,7 @@ class ImageIndex:
         self._lock = threading.Lock()
         self.report: AddReport | None = None
         """What `build` did with its images."""
-        self._retriever = LocalRetriever(store, settings, self._stored_rule())
+        self._retriever = LocalRetriever(store, settings or self._stored_settings(), self._stored_rule())
         if encoder is not None and not isinstance(encoder, str | Path):
             self._encoder = self._checked(encoder)
 
@@ -162,6 +162,19 @@ class ImageIndex:
         """Keep with the index when two of its images count as the same picture."""
         self._store.set_setting("dedup", json.dumps(to_dict(rule)))
         self._retriever.rule = rule
+
+    def set_reach(self, settings: IndexConfig) -> None:
+        """Keep with the index how far queries look, as `tune` found it; its other settings stay those of each opening.
+
+        Raises: StoreError when the index is read-only.
+        """
+        if self.read_only:
+            raise StoreError(
+                f"expected an index that can be changed, {self._store.name} is read-only: save a copy of it"
+            )
+        reaches = {"image": to_dict(settings.image), "text": to_dict(settings.text)}
+        self._store.set_setting("reach", json.dumps(reaches))
+        self._retriever.settings = settings
 
     def save(self, path: str | Path, *, sealed: bool = False) -> None:
         """Write the index as it is now, additions in memory included, into a new folder.
@@ -280,6 +293,11 @@ class ImageIndex:
             return self._encoder
 
     @property
+    def retriever(self) -> LocalRetriever:
+        """What searches the store; to measure and to build upon."""
+        return self._retriever
+
+    @property
     def folder(self) -> Path | None:
         """Where the images are kept, None for an index in memory."""
         return self._store.folder
@@ -382,6 +400,10 @@ class ImageIndex:
         if stored is None:
             return default_rule(self._store.encoder.name) or DedupConfig(cosine=0.98)
         return from_dict(DedupConfig, json.loads(stored), source=self._store.name)
+
+    def _stored_settings(self) -> IndexConfig:
+        stored = self._store.setting("reach")
+        return from_dict(IndexConfig, json.loads(stored), source=self._store.name) if stored else IndexConfig()
 
     def _neighboring_encoder(self) -> Path | None:
         """The encoder of the model folder that the index lies in."""

@@ -1,0 +1,169 @@
+"""Tune an image index to its own images and to given texts, and report what it finds at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from knn_diffusion.checkpoint import atomic_path
+from knn_diffusion.errors import UsageError
+from knn_diffusion.image_index.index import ImageIndex
+from knn_diffusion.retrieval import tuning
+from knn_diffusion.retrieval.plan import Modality, Reach
+from knn_diffusion.retrieval.tuning import Gap, Measured, Queries
+
+SAMPLE = 500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuned:
+    """What one modality was tuned to, and everything that was measured on the way."""
+
+    modality: Modality
+    chosen: Measured
+    tried: tuple[Measured, ...]
+    met: bool
+    """Whether the recall asked for was reached."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexReport:
+    """Recall against time for each modality, the gap between them, and how many neighbors are worth asking for."""
+
+    plan: str
+    count: int
+    k: int
+    curves: dict[Modality, list[Measured]]
+    in_use: dict[Modality, Reach]
+    advised_k: dict[Modality, int]
+    gap: Gap | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        """A table for each modality, and what else there is to say."""
+        lines = [f"{self.count:,} images, {self.plan}", ""]
+        for modality, points in self.curves.items():
+            lines += [
+                f"| {modality} queries: cells looked into | recall@{self.k} | ms a query |",
+                "| --- | --- | --- |",
+                *(f"| {one.reach.probes} | {one.recall:.3f} | {one.milliseconds:.2f} |" for one in points),
+                "",
+                f"In use for {modality} queries: {self.in_use[modality].probes} cells, depth {self.in_use[modality].depth}. "
+                f"Neighbors worth asking for: up to {self.advised_k[modality]}.",
+                "",
+            ]
+        if self.gap is not None:
+            gap = self.gap
+            lines.append(
+                f"Gap: mean cosine {gap.image_image:.3f} between images, {gap.text_text:.3f} between texts, "
+                f"{gap.text_image:.3f} between a text and an image; with the nearest image {gap.image_nearest:.3f} from "
+                f"an image, {gap.text_nearest:.3f} from a text."
+            )
+        return "\n".join(lines).rstrip() + "\n"
+
+    def plot(self, path: Path) -> None:
+        """Draw recall against time into a PNG, SVG or PDF file. Raises: UsageError without matplotlib."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise UsageError(
+                "expected matplotlib to draw the plot, it is not installed: pip install 'knn-diffusion[report]'"
+            ) from None
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for modality, points in self.curves.items():
+            axes.plot([one.milliseconds for one in points], [one.recall for one in points], "o-", label=modality)
+            for one in points:
+                axes.annotate(str(one.reach.probes), (one.milliseconds, one.recall), fontsize=7)
+        axes.set(xlabel="milliseconds a query", ylabel=f"recall@{self.k}", title=f"{self.count:,} images, {self.plan}")
+        axes.set_xlim(left=0)
+        axes.legend(title="queries; numbers: cells")
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+
+
+def tune(
+    index: ImageIndex,
+    texts: Sequence[str] = (),
+    *,
+    target: float = 0.95,
+    k: int = 10,
+    sample: int = SAMPLE,
+    save: bool = True,
+    progress: tuning.Progress | None = None,
+) -> list[Tuned]:
+    """Find the least reach with a recall of at least `target`, for images and, if any are given, for texts.
+
+    Args:
+        texts: what users will ask for, a few hundred; not captions of images in the index.
+        sample: images of the index to measure on.
+        save: keep the reaches with the index, for all later searches.
+
+    Raises: UsageError when the index compares every image anyway, or is too small for k; StoreError when it is read-only
+        and should keep the reaches.
+    """
+    if index.plan().layout == "exact":
+        raise UsageError(
+            f"expected an index that searches in cells, one of {len(index):,} images compares them all and misses none: "
+            "there is nothing to tune"
+        )
+    found = []
+    for queries in _queries(index, texts, k, sample):
+        chosen, tried = tuning.calibrate(index.retriever, queries, target, progress)
+        met = chosen.recall >= target
+        found.append(Tuned(modality=queries.modality, chosen=chosen, tried=tuple(tried), met=met))
+    if save:
+        settings = index.retriever.settings
+        reaches = {one.modality: one.chosen.reach for one in found}
+        index.set_reach(
+            replace(settings, image=reaches.get("image", settings.image), text=reaches.get("text", settings.text))
+        )
+    return found
+
+
+def report(
+    index: ImageIndex,
+    texts: Sequence[str] = (),
+    *,
+    k: int = 10,
+    sample: int = SAMPLE,
+    progress: tuning.Progress | None = None,
+) -> IndexReport:
+    """Measure recall against time over the reaches; changes nothing. Arguments and errors as `tune`."""
+    asked = _queries(index, texts, k, sample)
+    settings = index.retriever.settings
+    gap = tuning.modality_gap(asked[0], asked[1]) if len(asked) > 1 else None
+    unrelated = {one.modality: float((one.vectors @ asked[0].vectors.T).mean()) for one in asked}
+    return IndexReport(
+        plan=index.plan().engine,
+        count=len(index),
+        k=k,
+        curves={one.modality: tuning.curve(index.retriever, one, progress) for one in asked},
+        in_use={one.modality: settings.reach(one.modality) for one in asked},
+        advised_k={one.modality: tuning.advised_k(one, unrelated[one.modality]) for one in asked},
+        gap=gap,
+    )
+
+
+def read_texts(path: Path) -> list[str]:
+    """Texts of a file, one a line. Raises: UsageError when it cannot be read or holds none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"expected a text file, one query a line, {path} cannot be read ({error}): mend it") from None
+    if not (found := [line.strip() for line in lines if line.strip()]):
+        raise UsageError(f"expected a text file, one query a line, {path} is empty: write queries into it")
+    return found
+
+
+def _queries(index: ImageIndex, texts: Sequence[str], k: int, sample: int) -> list[Queries]:
+    store = index.retriever.store
+    found = [tuning.image_queries(store, sample, k)]
+    if texts:
+        found.append(tuning.text_queries(store, index.encoder.encode_texts(list(texts)), k))
+    return found

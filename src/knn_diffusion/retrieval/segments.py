@@ -139,6 +139,22 @@ def unit_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -> 
     return (wide / norms).astype(np.float32)
 
 
+def stored_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -> Float16[np.ndarray, "rows dim"]:
+    """The vectors' directions as a store keeps them; float16 rows that are so already stay, bit for bit.
+
+    Raises: as `unit_rows`.
+    """
+    already = np.zeros(len(vectors), bool)
+    if vectors.dtype == np.float16:  # rounding moved its length off 1 by at most 2⁻¹¹; dividing again would move bits
+        wide = vectors.astype(np.float32)
+        already = np.abs(np.einsum("...d,...d->...", wide, wide) - 1) < 2**-9
+    if vectors.shape[1:] == (dim,) and len(vectors) and already.all():
+        return vectors.copy()
+    rows = unit_rows(vectors, dim, what).astype(np.float16)
+    rows[already] = vectors[already]
+    return rows
+
+
 def items_digest(rows: Sequence[tuple[str, str, str, bytes, float]]) -> str:
     """SHA-256 over id, source, key, content and time of a segment's items."""
     total = hashlib.sha256()

@@ -46,7 +46,7 @@ from knn_diffusion.retrieval.segments import (
     Snapshot,
     bytes_digest,
     items_digest,
-    unit_rows,
+    stored_rows,
 )  # fmt: skip
 
 FORMAT_VERSION = 1
@@ -246,7 +246,7 @@ class Store:
         Raises: FingerprintError for another width; UsageError for vectors that are zero or not finite and for an id taken
             by other content; KnnDiffusionError when the disk is full; StoreError when another process writes.
         """
-        vectors = unit_rows(embeddings, self.encoder.dim, f"{self.name}, embeddings").astype(np.float16)
+        vectors = stored_rows(embeddings, self.encoder.dim, f"{self.name}, embeddings")
         with self._transaction() as database:
             added, named = _choose(database, items)
             chosen = np.flatnonzero(added)

@@ -26,11 +26,21 @@ from knn_diffusion import images as pictures
 from knn_diffusion.checkpoint import atomic_folder
 from knn_diffusion.config import from_dict, to_dict
 from knn_diffusion.errors import FingerprintError, ImageError, StoreError, UsageError
+from knn_diffusion.image_index.exchange import Claim, refuse_unknown, store_for
 from knn_diffusion.image_index.ingest import AddReport, Batch, Images, find_sources
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
 from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig, calibrate, default_rule
 from knn_diffusion.retrieval.index import LocalRetriever
+from knn_diffusion.retrieval.interchange import (
+    ExportReport,
+    ImportReport,
+    Layout,
+    Sources,
+    export_vectors,
+    find_vectors,
+    import_vectors,
+)
 from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.neighbors import Progress, neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan
@@ -58,6 +68,8 @@ class ImageIndex:
         self._lock = threading.Lock()
         self.report: AddReport | None = None
         """What `build` did with its images."""
+        self.import_report: ImportReport | None = None
+        """What `import_embeddings` did with its vectors."""
         self._retriever = LocalRetriever(store, settings or self._stored_settings(), self._stored_rule())
         if encoder is not None and not isinstance(encoder, str | Path):
             self._encoder = self._checked(encoder)
@@ -105,6 +117,75 @@ class ImageIndex:
         index.set_rule(rule or default_rule(loaded.name) or calibrate(store))
         index._retriever.prepare()
         return index
+
+    @classmethod
+    def import_embeddings(
+        cls,
+        source: Sources,
+        path: str | Path,
+        encoder: JointEncoder | str | Path | None = None,
+        *,
+        encoder_name: str | None = None,
+        dim: int | None = None,
+        ids: str | Path | None = None,
+        provenance: str | Path | None = None,
+        progress: Progress | None = None,
+        settings: IndexConfig | None = None,
+    ) -> ImageIndex:
+        """An index of embeddings that were computed elsewhere; `import_report` says what was skipped.
+
+        After an interruption the same call goes on where it stopped. Into an index that is there already, of the same
+        encoder, the vectors are added; those in it are passed over.
+
+        Args:
+            source: a folder as clip-retrieval or `export` writes it, or .npy files.
+            encoder: the joint encoder that made them, or its name or folder; not needed for a folder of `export`.
+            encoder_name, dim: name and width of an encoder that is not at hand. Then texts and images cannot be searched
+                for, vectors can, until the same files are imported again with the encoder and this name.
+            ids: a .txt file with an id a line, or a .npy file of strings or whole numbers.
+            provenance: a .parquet or .jsonl table of all vectors, with columns such as url, image_path, key.
+
+        Raises: UsageError when there is nothing to import or nobody says which encoder it was; FingerprintError when the
+            vectors are of another; StoreError when a file is damaged, or no vector can be used.
+        """
+        files, new = find_vectors(source, ids=ids, provenance=provenance), not (Path(path) / DATABASE).is_file()
+        store = store_for(files, Path(path), Claim(encoder=encoder, name=encoder_name, dim=dim))
+        index = cls(store, encoder, settings)
+        try:
+            report = index.import_report = import_vectors(store, files, progress=progress)
+        finally:
+            if new and not len(index):
+                index._abandon()
+        if not report.added and not report.already_present and not report.resumed_at:
+            first = f" (first: {report.skipped[0].source}: {report.skipped[0].reason})" if report.skipped else ""
+            raise StoreError(
+                f"none of {report.rows} vectors in {files.shards[0].path} could be used{first}: save others"
+            )
+        if store.setting("dedup") is None:
+            index.set_rule(default_rule(store.encoder.name) or calibrate(store))
+        index._retriever.prepare(progress)
+        return index
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        layout: Layout = "clip-retrieval",
+        faiss: bool = False,
+        progress: Progress | None = None,
+    ) -> ExportReport:
+        """Write ids, provenance and embeddings into a new folder that other tools read.
+
+        Args:
+            layout: "clip-retrieval" (img_emb/*.npy and metadata/*.parquet) or "npy" (embeddings.npy, ids.txt and
+                provenance.jsonl).
+            faiss: also write `image.index` for faiss.
+
+        Raises: UsageError when the folder exists; StoreError when the index is empty; KnnDiffusionError when the disk is
+            full, and then nothing is left.
+        """
+        settings = self._retriever.settings if faiss else None
+        return export_vectors(self._store, Path(path), layout=layout, faiss=settings, progress=progress)
 
     @classmethod
     def open(
@@ -288,6 +369,7 @@ class ImageIndex:
         """
         with self._lock:
             if self._encoder is None:
+                refuse_unknown(self._store)
                 place = self._encoder_place or self._neighboring_encoder() or self._store.setting("encoder_place")
                 self._encoder = self._checked(_loaded(place or self._store.encoder.name))
             return self._encoder
@@ -387,6 +469,7 @@ class ImageIndex:
         return rows
 
     def _checked(self, encoder: JointEncoder) -> JointEncoder:
+        refuse_unknown(self._store)
         made = self._store.encoder
         if (encoder.fingerprint, encoder.dim) != (made.fingerprint, made.dim):
             raise FingerprintError(

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/retrieval.py`: data, systems, measurements, scenarios, targets and the report."""

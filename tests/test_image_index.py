@@ -24,6 +24,8 @@ from knn_diffusion.image_index import index as module
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
+from knn_diffusion.training import neighbors as training_neighbors
+from knn_diffusion.training.neighbors import find_neighbors
 
 NAMES = {
     "red": (220, 30, 30),
@@ -234,6 +236,15 @@ def test_duplicates_are_found_when_asked_for() -> None:
         query = ENCODER.encode_images([picture(3)])
         assert index.search(query, 2).ids[0] == [id_of(images[0]), id_of(images[2])]
         assert set(index.search(query, 2, deduplicate=False).ids[0]) == {id_of(images[0]), id_of(images[1])}
+
+
+def test_the_lists_of_a_large_index_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ImageIndex.build([picture(seed) for seed in range(30)], None, ENCODER, rule=OFF) as index:
+        ids, queries = index.ids[::-1][:20], index.embeddings[::-1][:20]
+        expected = find_neighbors(queries, ids, index, 4)
+        monkeypatch.setattr(training_neighbors, "EVERY_PAIR", 10)
+        monkeypatch.setattr(ImageIndex, "neighbor_rows", None)
+        np.testing.assert_array_equal(find_neighbors(queries, ids, index, 4), expected)
 
 
 def test_training_neighbors_are_rows_of_the_embeddings() -> None:

@@ -33,6 +33,7 @@ class IndexReport:
     """Recall against time for each modality, the gap between them, and how many neighbors are worth asking for."""
 
     plan: str
+    exact: bool
     count: int
     k: int
     curves: dict[Modality, list[Measured]]
@@ -53,8 +54,7 @@ class IndexReport:
                 "| --- | --- | --- |",
                 *(f"| {one.reach.probes} | {one.recall:.3f} | {one.milliseconds:.2f} |" for one in points),
                 "",
-                f"In use for {modality} queries: {self.in_use[modality].probes} cells, depth {self.in_use[modality].depth}. "
-                f"Neighbors worth asking for: up to {self.advised_k[modality]}.",
+                f"{self._used(modality)} Neighbors worth asking for: up to {self.advised_k[modality]}.",
                 "",
             ]
         if self.gap is not None:
@@ -65,6 +65,12 @@ class IndexReport:
                 f"an image, {gap.text_nearest:.3f} from a text."
             )
         return "\n".join(lines).rstrip() + "\n"
+
+    def _used(self, modality: Modality) -> str:
+        if self.exact:
+            return "Every image is compared."
+        reach = self.in_use[modality]
+        return f"In use for {modality} queries: {reach.probes} cells, depth {reach.depth}."
 
     def plot(self, path: Path) -> None:
         """Draw recall against time into a PNG, SVG or PDF file. Raises: UsageError without matplotlib."""
@@ -141,6 +147,7 @@ def report(
     unrelated = {one.modality: float((one.vectors @ asked[0].vectors.T).mean()) for one in asked}
     return IndexReport(
         plan=index.plan().engine,
+        exact=index.plan().layout == "exact",
         count=len(index),
         k=k,
         curves={one.modality: tuning.curve(index.retriever, one, progress) for one in asked},

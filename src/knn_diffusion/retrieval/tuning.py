@@ -26,6 +26,8 @@ PROBES = (1, 4, 8, 20, 32, 64, 128, 256, 512, 1024)
 DEPTHS = (40, 20, 10, 5, 2)
 TIMED_QUERIES = 100
 BLOCK_ROWS = 65_536
+RANKS = 50
+"""Neighbors whose cosines are looked at to advise on k."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,14 +43,16 @@ class Measured:
 class Queries:
     """Queries of one modality with their exact neighbors.
 
-    own    the row of each query if it is an image of the index, which it must not find; -1 otherwise
+    own       the row of each query if it is an image of the index, which it must not find; -1 otherwise
+    truth     rows of the k nearest, best first
+    cosines   with the nearest by their rank, at least k of them
     """
 
     modality: Modality
     vectors: Float32[np.ndarray, "queries dim"]
     own: Int[np.ndarray, "queries"]
     truth: Int[np.ndarray, "queries k"]
-    cosines: Float64[np.ndarray, "queries k"]
+    cosines: Float64[np.ndarray, "queries ranks"]
 
 
 def image_queries(store: Store, count: int, k: int, *, seed: int = 0) -> Queries:
@@ -59,16 +63,17 @@ def image_queries(store: Store, count: int, k: int, *, seed: int = 0) -> Queries
         raise UsageError(f"expected an index of more than {k + 1} images to measure k={k} on, got {len(live)}: lower k")
     own = np.sort(np.random.default_rng(seed).choice(live, min(count, len(live)), replace=False))
     vectors = unit_vectors(store, own, snapshot)
-    rows, cosines = exact_neighbors(store, snapshot, vectors, k + 1)
-    rows, cosines = without(rows, cosines, own, k)
-    return Queries(modality="image", vectors=vectors, own=own, truth=rows, cosines=cosines)
+    ranks = min(max(k, RANKS), len(live) - 1)
+    rows, cosines = without(*exact_neighbors(store, snapshot, vectors, ranks + 1), own, ranks)
+    return Queries(modality="image", vectors=vectors, own=own, truth=rows[:, :k], cosines=cosines)
 
 
 def text_queries(store: Store, vectors: Float32[np.ndarray, "queries dim"], k: int) -> Queries:
     """Texts by their embeddings."""
-    rows, cosines = exact_neighbors(store, store.snapshot(), vectors, k)
-    own = np.full(len(vectors), ABSENT)
-    return Queries(modality="text", vectors=vectors, own=own, truth=rows, cosines=cosines)
+    snapshot, own = store.snapshot(), np.full(len(vectors), ABSENT)
+    ranks = min(max(k, RANKS), len(snapshot.live_rows))
+    rows, cosines = exact_neighbors(store, snapshot, vectors, ranks)
+    return Queries(modality="text", vectors=vectors, own=own, truth=rows[:, :k], cosines=cosines)
 
 
 def exact_neighbors(

@@ -78,7 +78,7 @@ class FakeIndex:
     def sources(self, ids: list[str]) -> list[str]:
         return [self.items[one][0] for one in ids]
 
-    def search(self, queries: np.ndarray, k: int) -> Neighbors:
+    def search(self, queries: np.ndarray, k: int, *, modality: str = "image") -> Neighbors:
         encoder = NamingEncoder()
         scores = {one: float(encoder.encode_image(picture) @ queries[0]) for one, (_, picture) in self.items.items()}
         ids = sorted(scores, key=lambda one: -scores[one])[:k]

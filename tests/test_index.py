@@ -315,6 +315,25 @@ def test_later_rows_go_into_cells_while_searches_go_on(tmp_path: Path, monkeypat
         assert again.search(query, 9).ids[0] == by_hand(store, query[0], 9, set(), None)[0]
 
 
+def test_after_a_compaction_the_rows_go_into_the_same_cells_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = replace(CELLS, image=Reach(probes=8, depth=60))
+    with filled(tmp_path / "index") as store:
+        retriever, query = LocalRetriever(store, everything, OFF), vectors_of(1, seed=3)
+        retriever.prepare()
+        before = retriever._engine
+        store.remove([f"image{n}" for n in range(0, 300, 3)])
+        store.compact()
+        monkeypatch.setattr(cell_engine, "train_index", None)
+        found = retriever.search(query, 9)
+        assert found.ids[0] == by_hand(store, query[0], 9, set(), None)[0]
+        assert retriever._engine is not before
+        assert isinstance(retriever._engine, CellEngine)
+        assert retriever._engine.num_rows == 200
+        assert cache_problem(tmp_path / "index") is None
+
+
 def test_growing_past_the_limit_changes_the_engine() -> None:
     with filled(None, 40) as store:
         retriever = LocalRetriever(store, IndexConfig(exact_below=50, cells=4), OFF)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import sqlite3
@@ -14,40 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from store_world import DIM, TOY, batch, content, everything, filled
 
 from knn_diffusion.errors import FingerprintError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.retrieval import database
-from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
-
-DIM = 6
-TOY = EncoderIdentity(name="toy", fingerprint="f" * 16, dim=DIM)
-
-
-def content(number: int) -> str:
-    return hashlib.sha256(str(number).encode()).hexdigest()
-
-
-def batch(numbers: range) -> tuple[list[Item], np.ndarray, np.ndarray, list[bytes | None]]:
-    items = [Item(source=f"photos/{n}.png", key=f"{n}.png", content=content(n)) for n in numbers]
-    vectors = np.stack([np.random.default_rng(n).standard_normal(DIM) for n in numbers]).astype(np.float32)
-    thumbnails = np.stack([np.full(192, n % 256, np.uint8) for n in numbers])
-    return items, vectors, thumbnails, [f"picture {n}".encode() for n in numbers]
-
-
-def filled(folder: Path | None, *ranges: range) -> Store:
-    store = Store.create(folder, TOY)
-    for numbers in ranges:
-        store.append(*batch(numbers))
-    return store
-
-
-def everything(store: Store) -> dict[str, tuple[str, bytes, bytes, bytes | None]]:
-    rows = store.snapshot().live_rows
-    vectors, (pictures, _) = store.embeddings(rows), store.thumbnails(rows)
-    return {
-        item.id: (item.source, vectors[n].tobytes(), pictures[n].tobytes(), store.preview(int(rows[n])))
-        for n, item in enumerate(store.items(rows))
-    }
+from knn_diffusion.retrieval.store import Item, Store
 
 
 def test_what_was_added_is_there_after_reopening(tmp_path: Path) -> None:
@@ -253,7 +223,7 @@ def test_a_failing_disk_leaves_the_old_state(
 def test_a_full_database_leaves_the_old_state(tmp_path: Path) -> None:
     with filled(tmp_path / "index", range(3)) as store:
         before = everything(store)
-        writer = store._open_writer()
+        writer = store.live.open_writer()
         pages = writer.execute("PRAGMA page_count").fetchone()[0]
         writer.execute(f"PRAGMA max_page_count={pages}")
         items, vectors, thumbnails, _ = batch(range(3, 60))
@@ -343,9 +313,12 @@ def test_a_store_is_not_created_over_other_files(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    with filled(tmp_path / "index", range(1)) as store:
-        store.set_setting("format_version", "9")
-    with pytest.raises(StoreError, match="has format 9, this version reads 1: upgrade knn-diffusion"):
+    filled(tmp_path / "index", range(1)).close()
+    raw = sqlite3.connect(tmp_path / "index" / "store.sqlite")
+    raw.execute("UPDATE settings SET value = '9' WHERE name = 'format_version'")
+    raw.commit()
+    raw.close()
+    with pytest.raises(StoreError, match="has format 9, this version reads 1 and 2: upgrade knn-diffusion"):
         Store.open(tmp_path / "index")
 
 

@@ -29,6 +29,7 @@ from knn_diffusion.errors import FingerprintError, ImageError, StoreError, Usage
 from knn_diffusion.image_index.exchange import Claim, refuse_unknown, store_for
 from knn_diffusion.image_index.ingest import AddReport, Batch, Images, find_sources
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
+from knn_diffusion.retrieval.compaction import Waste
 from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig, calibrate, default_rule
 from knn_diffusion.retrieval.index import LocalRetriever
@@ -44,7 +45,7 @@ from knn_diffusion.retrieval.interchange import (
 from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.neighbors import Progress, neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan
-from knn_diffusion.retrieval.segments import unit_rows
+from knn_diffusion.retrieval.segments import Snapshot, unit_rows
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
 from knn_diffusion.shapes import Neighbors
 
@@ -239,6 +240,19 @@ class ImageIndex:
         """
         self._store.remove(ids)
 
+    def compact(self, *, progress: Progress | None = None) -> Waste:
+        """Take removed images off the disk and make many small segments few; ids, order and everything else stay.
+
+        Searches, additions and removals go on meanwhile. Whether it is worth it, `waste()` tells.
+
+        Raises: StoreError for a read-only or damaged index; KnnDiffusionError when the disk is full. It is as it was then.
+        """
+        return self._store.compact(progress)
+
+    def waste(self) -> Waste:
+        """What share of the images on the disk is removed, and what `compact` would free."""
+        return self._store.waste()
+
     def set_rule(self, rule: DedupConfig) -> None:
         """Keep with the index when two of its images count as the same picture."""
         self._store.set_setting("dedup", json.dumps(to_dict(rule)))
@@ -338,9 +352,9 @@ class ImageIndex:
         Args:
             exclude_ids: as in `search`; the first of a query is the image itself.
         """
-        rows = self._store.snapshot().live_rows
-        excluded = _per_query(exclude_ids, len(queries)) or [[]] * len(queries)
-        found = self._store.rows_of([one for ids in excluded for one in ids])
+        snapshot = self._store.snapshot()
+        rows, excluded = snapshot.live_rows, _per_query(exclude_ids, len(queries)) or [[]] * len(queries)
+        found = self._store.rows_of([one for ids in excluded for one in ids], snapshot)
         places = np.where(found >= 0, np.searchsorted(rows, found), -1)
         table = np.full((len(queries), max((len(ids) for ids in excluded), default=0)), -1, np.int64)
         table[np.arange(table.shape[1]) < np.array([len(ids) for ids in excluded], np.int64)[:, None]] = places
@@ -402,7 +416,7 @@ class ImageIndex:
     @property
     def ids(self) -> list[str]:
         """The id of every image, in the order of `embeddings`."""
-        return [item.id for item in self._store.items(self._store.snapshot().live_rows)]
+        return self._store.consistently(lambda now: [item.id for item in self._store.items(now.live_rows, now)])
 
     @property
     def embeddings(self) -> Float16[np.ndarray, "items dim"]:
@@ -419,7 +433,8 @@ class ImageIndex:
 
     def sources(self, ids: Sequence[str]) -> list[str]:
         """Where the images came from. Raises: UsageError for an unknown id."""
-        return [item.source for item in self._store.items(self._rows(ids))]
+        found = self._store.consistently(lambda now: self._store.items(self._rows(ids, now), now))
+        return [item.source for item in found]
 
     def source(self, id_: str) -> str:
         """Where an image came from. Raises: UsageError for an unknown id."""
@@ -427,7 +442,7 @@ class ImageIndex:
 
     def preview(self, id_: str) -> Image.Image | None:
         """A picture of at most 64 pixels, None when the image was added without. Raises: UsageError for an unknown id."""
-        content = self._store.preview(int(self._rows([id_])[0]))
+        content = self._store.consistently(lambda now: self._store.preview(int(self._rows([id_], now)[0]), now))
         return Image.open(io.BytesIO(content)).convert("RGB") if content is not None else None
 
     def plan(self) -> Plan:
@@ -460,8 +475,8 @@ class ImageIndex:
 
     # Inside
 
-    def _rows(self, ids: Sequence[str]) -> Int[np.ndarray, "ids"]:
-        rows = self._store.rows_of(ids)
+    def _rows(self, ids: Sequence[str], snapshot: Snapshot) -> Int[np.ndarray, "ids"]:
+        rows = self._store.rows_of(ids, snapshot)
         if unknown := [one for one, row in zip(ids, rows, strict=True) if row < 0]:
             raise UsageError(
                 f"expected the id of an image in {self._store.name}, got {unknown[0]!r}: search to see its ids"

@@ -13,21 +13,29 @@ import numpy as np
 from jaxtyping import Int
 
 from knn_diffusion.errors import StoreError, UsageError
+from knn_diffusion.retrieval.holder import holder
 
 DATABASE = "store.sqlite"
 FILTER_COLUMNS = ("id", "source", "key", "added_at")
-SCHEMA = """
+ITEM_CHECKSUM = "crc32 INTEGER"
+PURGED = "CREATE TABLE purged (first INTEGER PRIMARY KEY, count INTEGER NOT NULL)"
+SCHEMA = f"""
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE segments (number INTEGER PRIMARY KEY, first_row INTEGER NOT NULL, num_rows INTEGER NOT NULL,
     embeddings_sha256 TEXT NOT NULL, thumbnails_sha256 TEXT, items_sha256 TEXT NOT NULL);
 CREATE TABLE items (row INTEGER PRIMARY KEY, id TEXT NOT NULL, source TEXT NOT NULL, key TEXT NOT NULL,
-    content BLOB NOT NULL, added_at REAL NOT NULL, deleted_at REAL);
+    content BLOB NOT NULL, added_at REAL NOT NULL, deleted_at REAL, {ITEM_CHECKSUM});
 CREATE UNIQUE INDEX live_ids ON items (id) WHERE deleted_at IS NULL;
 CREATE UNIQUE INDEX live_contents ON items (content) WHERE deleted_at IS NULL;
 CREATE INDEX deleted_rows ON items (row) WHERE deleted_at IS NOT NULL;
 CREATE TABLE previews (row INTEGER PRIMARY KEY, picture BLOB NOT NULL, crc32 INTEGER NOT NULL);
+{PURGED};
 """
+UPGRADE = (f"ALTER TABLE items ADD COLUMN {ITEM_CHECKSUM}", PURGED)
+"""From format 1."""
 LOCK_SECONDS = 10.0
+FREED_PAGES = 4096
+"""Pages given back to the disk in one transaction, 16 MiB."""
 
 
 def connect_in_memory() -> sqlite3.Connection:
@@ -39,8 +47,15 @@ def connect_to_write(folder: Path, *, create: bool = False) -> sqlite3.Connectio
     """A connection whose commits are on the disk when they return, and which leaves readers undisturbed (WAL)."""
     with translated_errors(folder):
         database = _connect(_uri(folder, "mode=rwc" if create else "mode=rw"))
-        database.execute("PRAGMA journal_mode=WAL")
-        database.execute("PRAGMA synchronous=FULL")
+        try:
+            if create:
+                database.execute("PRAGMA auto_vacuum=INCREMENTAL")
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=FULL")
+            database.execute("PRAGMA secure_delete=ON")
+        except BaseException:
+            database.close()
+            raise
         return database
 
 
@@ -54,14 +69,18 @@ def connect_to_read(folder: Path) -> tuple[sqlite3.Connection, bool]:
     journal = path.with_name(DATABASE + "-wal")
     unfinished = journal.is_file() and journal.stat().st_size > 0
     with translated_errors(folder):
-        if unfinished:
-            return _connect(_uri(folder, "mode=rw" if writable else "mode=ro")), not writable
-        database = _connect(_uri(folder, "mode=ro&immutable=1"))
-        found = database.execute("SELECT value FROM settings WHERE name = 'sealed'").fetchone()
-        if not writable or (found and found[0] == "yes"):
-            return database, True
-        database.close()
-        return _connect(_uri(folder, "mode=rw")), False
+        if not writable:
+            return _connect(_uri(folder, "mode=ro" if unfinished else "mode=ro&immutable=1")), True
+        database = _connect(_uri(folder, "mode=rw"))
+        try:
+            found = database.execute("SELECT value FROM settings WHERE name = 'sealed'").fetchone()
+        except BaseException:
+            database.close()
+            raise
+        if not unfinished and found and found[0] == "yes":
+            database.close()
+            return _connect(_uri(folder, "mode=ro&immutable=1")), True
+        return database, False
 
 
 def close_writer(database: sqlite3.Connection) -> None:
@@ -69,21 +88,36 @@ def close_writer(database: sqlite3.Connection) -> None:
     try:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         database.execute("PRAGMA journal_mode=DELETE")
-    except sqlite3.OperationalError:
-        pass
+    except (sqlite3.OperationalError, sqlite3.ProgrammingError):
+        pass  # somebody else reads, or it is closed already
     finally:
         database.close()
 
 
+def free_bytes(database: sqlite3.Connection) -> int:
+    """What `give_back` would free; 0 for a database made without that possibility (by format 1)."""
+    if database.execute("PRAGMA auto_vacuum").fetchone()[0] != 2:
+        return 0
+    return int(database.execute("PRAGMA freelist_count").fetchone()[0]) * _page_size(database)
+
+
+def give_back(database: sqlite3.Connection) -> None:
+    """Give pages that hold nothing back to the disk, some at a time so that other writers need not wait."""
+    while (left := free_bytes(database)) > 0:
+        database.execute(f"PRAGMA incremental_vacuum({FREED_PAGES})").fetchall()
+        if free_bytes(database) >= left:
+            return
+
+
 @contextmanager
 def translated_errors(folder: Path | None) -> Iterator[None]:
-    """Raise SQLite's errors as StoreError: in use, not writable, or damaged."""
+    """Raise SQLite's errors as StoreError: in use and by whom, not writable, or damaged."""
     try:
         yield
     except sqlite3.Error as error:
         name, code = str(folder or "the index in memory"), getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            text = f"{name} is in use by another writer: wait until it has finished"
+            text = f"{name} is in use by another writer{holder(folder)}"
         elif code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             text = f"{name} could not be read or written ({error}): free space or mend permissions; nothing was changed"
         else:
@@ -112,6 +146,10 @@ def rows_where(database: sqlite3.Connection, condition: str) -> Int[np.ndarray, 
 def text(value: str) -> str:
     """Text that a database can hold, also for a file name that is no valid UTF-8."""
     return value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _page_size(database: sqlite3.Connection) -> int:
+    return int(database.execute("PRAGMA page_size").fetchone()[0])
 
 
 def _connect(place: str) -> sqlite3.Connection:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
 from knn_diffusion.config import config, require
-from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES
+from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES, Snapshot
 from knn_diffusion.retrieval.store import Store
 
 KNOWN_THRESHOLDS = {"clip": 0.9}
@@ -134,11 +134,16 @@ def _one_by_one(
 
 
 def gather(
-    store: Store, rows: Int[np.ndarray, "rows"]
+    store: Store, rows: Int[np.ndarray, "rows"], snapshot: Snapshot | None = None
 ) -> tuple[Float[Tensor, "rows dim"], Int16[Tensor, "rows values"]]:
-    """Unit vectors and 8×8 pictures of the rows, the latter -1 where there is none."""
-    vectors = torch.from_numpy(store.embeddings(rows)).float()
-    pictures, known = store.thumbnails(rows)
+    """Unit vectors and 8×8 pictures of the rows, the latter -1 where there is none.
+
+    Args:
+        snapshot: that the rows are of; None for now.
+    """
+    snapshot = snapshot or store.snapshot()
+    vectors = torch.from_numpy(store.embeddings(rows, snapshot)).float()
+    pictures, known = store.thumbnails(rows, snapshot)
     wide = pictures.astype(np.int16)
     wide[~known] = -1
     return torch.nn.functional.normalize(vectors, dim=1), torch.from_numpy(wide)
@@ -156,16 +161,17 @@ def calibrate(store: Store, *, sample: int = 1000, quantile: float = 0.99, seed:
     Takes the nearest neighbor that differs in its 8×8 picture (any neighbor where there are no pictures), and the quantile
     of its cosine over a sample. Never below 0.9, which is the paper's.
     """
-    rows = store.snapshot().live_rows
+    snapshot = store.snapshot()
+    rows = snapshot.live_rows
     if len(rows) < 2:
         return DedupConfig(cosine=0.98)
     draw = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
     others = np.sort(np.random.default_rng(seed + 1).permutation(rows)[: max(20 * sample, 1)])
-    pool, pool_pictures = gather(store, others)
+    pool, pool_pictures = gather(store, others, snapshot)
     nearest: list[float] = []
     for start in range(0, len(draw), 64):
         some = draw[start : start + 64]
-        vectors, pictures = gather(store, some)
+        vectors, pictures = gather(store, some, snapshot)
         cosines, places = torch.topk(vectors @ pool.T, min(32, len(others)), dim=1)
         same = duplicates(vectors, pictures, pool[places], pool_pictures[places], DedupConfig(cosine=None))
         same |= torch.from_numpy(others[places.numpy()] == some[:, None])

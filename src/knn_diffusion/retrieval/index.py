@@ -94,11 +94,14 @@ class LocalRetriever:
         Raises: UsageError when k is below 1 or beyond the index, or a query is zero or not finite; FingerprintError when
             the queries have another width; StoreError when the store is damaged.
         """
-        snapshot = self.store.snapshot()
-        units = self._checked(queries, k, exclude_ids, snapshot)
-        excluded = [self.store.rows_of(sorted(ids)) for ids in exclude_ids] if exclude_ids else [_NONE] * len(units)
-        search = self._search(snapshot, where, rule or self.rule, drop_copies_of_query)
-        return answer(self.store, snapshot, search.run(units, k, excluded, self.settings.reach(modality)), k)
+
+        def read(snapshot: Snapshot) -> Neighbors:
+            units = self._checked(queries, k, exclude_ids, snapshot)
+            excluded = [self.store.rows_of(sorted(ids), snapshot) for ids in exclude_ids or [[]] * len(units)]
+            search = self._search(snapshot, where, rule or self.rule, drop_copies_of_query)
+            return answer(self.store, snapshot, search.run(units, k, excluded, self.settings.reach(modality)), k)
+
+        return self.store.consistently(read)
 
     def nearest(
         self,

@@ -56,7 +56,7 @@ def self_neighbors(
     table = finder.empty_table(len(finder.rows))
     for start in range(0, len(table), QUERY_ROWS):
         own = np.arange(start, min(start + QUERY_ROWS, len(table)))
-        queries, _ = gather(store, finder.rows[own])
+        queries, _ = gather(store, finder.rows[own], finder.snapshot)
         table[own] = finder.find(queries.to(finder.device), own[:, None])
         if progress is not None:
             progress("finding neighbors", int(own[-1]) + 1, len(table))
@@ -169,7 +169,7 @@ class _Finder:
         for start in range(0, len(places), step):
             some = slice(start, start + step)
             shape = places[some].shape
-            vectors, pictures = (part.to(self.device) for part in gather(self.store, self.rows[places[some].ravel()]))
+            vectors, pictures = (part.to(self.device) for part in self._gather(places[some].ravel()))
             vectors, pictures = vectors.view(*shape, -1), pictures.view(*shape, -1)
             allowed = ~(places[some][:, :, None] == excluded[some][:, None, :]).any(-1)
             valid = torch.from_numpy(allowed).to(self.device)
@@ -178,9 +178,12 @@ class _Finder:
             out[some] = np.where(chosen < 0, ABSENT, np.take_along_axis(places[some], np.maximum(chosen, 0), 1))
         return out
 
+    def _gather(self, places: Int[np.ndarray, "some"]) -> tuple[Tensor, Tensor]:
+        return gather(self.store, self.rows[places], self.snapshot)
+
     def _pictures(self, excluded: Int[np.ndarray, "queries excluded"]) -> Tensor:
         """The queries' own 8×8 pictures, -1 where a query is not in the index."""
         own = excluded[:, 0] if excluded.shape[1] else np.full(len(excluded), ABSENT)
-        _, pictures = gather(self.store, self.rows[np.maximum(own, 0)])
+        _, pictures = self._gather(np.maximum(own, 0))
         pictures[torch.from_numpy(own < 0)] = ABSENT
         return pictures.to(self.device)

@@ -169,7 +169,7 @@ def answer(store: Store, snapshot: Snapshot, ranked: Ranked, k: int) -> Neighbor
     found = rows >= 0
     embeddings = np.zeros((*rows.shape, store.encoder.dim), np.float32)
     embeddings[found] = store.embeddings(rows[found], snapshot)
-    named = iter(store.items(rows[found]))
+    named = iter(store.items(rows[found], snapshot))
     ids = [[next(named).id if here else "" for here in query] for query in found]
     shortfall = (k - found.sum(1)).astype(np.int64)
     return Neighbors(ids=ids, scores=scores.astype(np.float32), embeddings=embeddings, shortfall=shortfall)

@@ -1,28 +1,39 @@
-"""Segments: the rows that were appended together, as plain .npy files with their digests kept in the database."""
+"""Segments: rows that were written together, as plain .npy files with their digests kept in the database.
+
+Files are mapped when a segment is first seen and verified when they are first read. What is mapped stays readable after
+the file was deleted, so a search or a training run goes on with its rows while a compaction replaces them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
 
 from knn_diffusion.checkpoint import atomic_write_bytes, file_digest
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
+from knn_diffusion.retrieval.records import Records
 
 THUMBNAIL_VALUES = 8 * 8 * 3
 SEGMENT_ROWS = 65_536
+HEADER_BYTES = 1024  # at most, of the .npy files that are written here
 CURE = "restore a copy or build the index again"
+
+
+class CompactedError(StoreError):
+    """Rows of an older snapshot were asked for that a compaction has taken off the disk meanwhile: take a new snapshot."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Segment:
-    """Rows that were appended together; the arrays are mapped, and verified, when first asked for."""
+    """Rows that were written together; the arrays are verified when first asked for."""
 
     number: int
     first_row: int
@@ -34,23 +45,39 @@ class Segment:
     """None for a segment that lives in memory."""
     embeddings: Float16[np.ndarray, "rows dim"] | None = None
     thumbnails: UInt8[np.ndarray, "rows values"] | None = None
+    mapped: dict[str, np.ndarray] = field(default_factory=dict)
+    """The bytes of the files by the kind of their array, not verified."""
 
     def path(self, kind: str) -> Path:
         """The file of one kind of array, "embeddings" or "thumbnails"."""
         assert self.folder is not None
         return self.folder / f"{self.number:08d}.{kind}.npy"
 
+    def digests(self) -> dict[str, str]:
+        """The digest of each file there must be, by its kind."""
+        both = {"embeddings": self.embeddings_sha256, "thumbnails": self.thumbnails_sha256}
+        return {kind: digest for kind, digest in both.items() if digest is not None}
+
+    def hold(self) -> bool:
+        """Map the files, so that they can be read whoever deletes them; False when one is not there."""
+        if self.folder is None:
+            return True
+        for kind in self.digests().keys() - self.mapped.keys():
+            with suppress(OSError, RuntimeError):  # beyond what the system maps, it is tried again when it is read
+                self.mapped[kind] = _map(self.path(kind))
+        return all(kind in self.mapped or self.path(kind).exists() for kind in self.digests())
+
     def read_embeddings(self, dim: int) -> Float16[np.ndarray, "rows dim"]:
         """The rows' unit vectors. Raises: StoreError when the file is missing or damaged."""
         if self.embeddings is None:
-            self.embeddings = _read(self.path("embeddings"), self.embeddings_sha256, (self.num_rows, dim), np.float16)
+            self.embeddings = self._read("embeddings", self.embeddings_sha256, (self.num_rows, dim), np.float16)
         return self.embeddings
 
     def read_thumbnails(self) -> UInt8[np.ndarray, "rows values"] | None:
         """The rows' 8×8 pictures, None when they were added without. Raises: StoreError as above."""
         if self.thumbnails is None and self.thumbnails_sha256 is not None:
             shape = (self.num_rows, THUMBNAIL_VALUES)
-            self.thumbnails = _read(self.path("thumbnails"), self.thumbnails_sha256, shape, np.uint8)
+            self.thumbnails = self._read("thumbnails", self.thumbnails_sha256, shape, np.uint8)
         return self.thumbnails
 
     def write(self) -> None:
@@ -60,15 +87,33 @@ class Segment:
                 atomic_write_bytes(self.path(kind), npy_bytes(array))
         self.embeddings = self.thumbnails = None
 
+    def delete(self) -> None:
+        """Take the files away, as far as that can be done."""
+        for kind in self.digests() if self.folder is not None else ():
+            with suppress(OSError):
+                self.path(kind).unlink()
+
     def file_problems(self) -> Iterator[str]:
         """What is wrong with the files, each in a few words."""
-        for kind, digest in (("embeddings", self.embeddings_sha256), ("thumbnails", self.thumbnails_sha256)):
-            if self.folder is None or digest is None:
-                continue
+        for kind, digest in self.digests().items() if self.folder is not None else ():
             if not self.path(kind).is_file():
                 yield f"{self.path(kind).name} is missing"
             elif file_digest(self.path(kind)) != digest:
                 yield f"{self.path(kind).name} is damaged (its digest is not the stored one)"
+
+    def _read(self, kind: str, digest: str, shape: tuple[int, int], dtype: type) -> np.ndarray:
+        path = self.path(kind)
+        try:
+            content = self.mapped[kind] if kind in self.mapped else _map(path)
+            if hashlib.sha256(content.data).hexdigest() != digest:
+                raise StoreError(f"{path} is damaged (its digest is not the stored one): {CURE}")
+            array = _as_array(content)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise StoreError(f"{path} cannot be read ({' '.join(str(error).split())}): {CURE}") from None
+        if array.shape != shape or array.dtype != dtype:
+            raise StoreError(f"{path}: expected {shape} {dtype.__name__}, got {array.shape} {array.dtype}: {CURE}")
+        self.mapped[kind] = content
+        return array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +122,14 @@ class Snapshot:
 
     alive: Bool[np.ndarray, "rows"]
     segments: tuple[Segment, ...]
+    generation: int = 0
+    """Raised by every compaction: rows of another generation may be other images."""
+    records: Records = field(default_factory=Records.complete)
+    """Which number in the database each row has."""
 
     @property
     def num_rows(self) -> int:
-        """Rows ever appended, removed ones included."""
+        """Rows on the disk, removed ones included."""
         return len(self.alive)
 
     @property
@@ -95,7 +144,10 @@ class Snapshot:
         return np.flatnonzero(self.alive)
 
     def digest(self, num_segments: int) -> str:
-        """What the first segments hold, in one SHA-256; anything derived from them is stale when it changes."""
+        """What the first segments hold, in one SHA-256; anything derived from their rows is stale when it changes.
+
+        A compaction changes the digest of all segments, and that of the first few when it renumbers their rows.
+        """
         parts = [segment.embeddings_sha256 for segment in self.segments[:num_segments]]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
@@ -155,14 +207,6 @@ def stored_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -
     return rows
 
 
-def items_digest(rows: Sequence[tuple[str, str, str, bytes, float]]) -> str:
-    """SHA-256 over id, source, key, content and time of a segment's items."""
-    total = hashlib.sha256()
-    for id_, source, key, content, added_at in rows:
-        total.update(json.dumps([id_, source, key, content.hex(), added_at]).encode())
-    return total.hexdigest()
-
-
 def npy_bytes(array: np.ndarray) -> bytes:
     """The array as the bytes of a .npy file."""
     buffer = io.BytesIO()
@@ -175,13 +219,17 @@ def bytes_digest(array: np.ndarray) -> str:
     return hashlib.sha256(npy_bytes(array)).hexdigest()
 
 
-def _read(path: Path, digest: str, shape: tuple[int, int], kind: type) -> np.ndarray:
-    try:
-        if file_digest(path) != digest:
-            raise StoreError(f"{path} is damaged (its digest is not the stored one): {CURE}")
-        array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # a memmap costs with each indexing
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read ({error}): {CURE}") from None
-    if array.shape != shape or array.dtype != kind:
-        raise StoreError(f"{path}: expected {shape} {kind.__name__}, got {array.shape} {array.dtype}: {CURE}")
-    return array
+def _map(path: Path) -> UInt8[np.ndarray, "bytes"]:
+    """The bytes of a file without reading them, and without a file kept open: an index may have very many."""
+    size = path.stat().st_size
+    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    content.flags.writeable = False
+    return content
+
+
+def _as_array(content: UInt8[np.ndarray, "bytes"]) -> np.ndarray:
+    """The array of a .npy file's bytes, over the same memory."""
+    head = io.BytesIO(content[:HEADER_BYTES].tobytes())
+    np.lib.format.read_magic(head)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+    return np.frombuffer(content, dtype, offset=head.tell()).reshape(shape)

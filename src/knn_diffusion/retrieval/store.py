@@ -5,29 +5,29 @@
     segments/00000001.thumbnails.npy   uint8 [rows, 192], 8×8 RGB pictures; missing for vectors without pictures
     cache/                             whatever can be made again from the above
 
-A row is the place of an image in all segments laid end to end. Rows are only ever appended and never used again; removing
-an image marks its row. A segment is written to a temporary file, synced and renamed before the transaction that names it
-commits, so after a crash a batch is there as a whole or not at all. Every segment is verified against its digest when it
-is first read. Other tools can read the segments with `numpy.load` and the database with `sqlite3`.
+A row is the place of an image in all segments laid end to end, in the order of `segments.first_row`; the items of the
+database stand in the same order. Adding appends rows, removing marks them, and compacting (`compaction.py`) takes marked
+ones away and numbers the others anew. After a crash each of these has happened as a whole or not at all
+(`transaction.py`). What is read is verified: the small tables when they are read, a segment and an item at their first
+use, everything by `problems`. Other tools can read the segments with `numpy.load` and the database with `sqlite3`.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Int, UInt8
 
 from knn_diffusion.errors import StoreError, UsageError
+from knn_diffusion.retrieval import compaction, manifest, verify
 from knn_diffusion.retrieval.database import (
     DATABASE,
     SCHEMA,
@@ -39,42 +39,15 @@ from knn_diffusion.retrieval.database import (
     text,
     translated_errors,
 )  # fmt: skip
-from knn_diffusion.retrieval.segments import (
-    CURE,
-    THUMBNAIL_VALUES,
-    Segment,
-    Snapshot,
-    bytes_digest,
-    items_digest,
-    stored_rows,
-)  # fmt: skip
+from knn_diffusion.retrieval.items import EncoderIdentity, Facts, Item, choose, item_crc, preview_crc
+from knn_diffusion.retrieval.live import LiveState
+from knn_diffusion.retrieval.segments import CURE, THUMBNAIL_VALUES, CompactedError, Snapshot, stored_rows
+from knn_diffusion.retrieval.transaction import SEGMENTS, sync
 
-FORMAT_VERSION = 1
-ID_LENGTH = 16
+__all__ = ["EncoderIdentity", "Item", "Store"]
+
+Answer = TypeVar("Answer")
 _PIECE = 500  # fewer than the parameters that any SQLite allows in one statement
-_OWN_SETTINGS = ("format_version", "encoder", "sealed")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncoderIdentity:
-    """Which joint encoder made the vectors: its name, the fingerprint of its weights and preprocessing, and its width."""
-
-    name: str
-    fingerprint: str
-    dim: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
-    """One image: a stable id, its provenance (file or shard, key inside it), and the SHA-256 of its content in hexadecimal.
-
-    An empty id asks the store to take the first 16 digits of the content digest.
-    """
-
-    source: str
-    content: str
-    key: str = ""
-    id: str = ""
 
 
 class Store:
@@ -82,20 +55,14 @@ class Store:
 
     Any number of threads and processes may read; one writes at a time. A read-only store takes additions and removals
     too, but only in memory: they are gone unless `copy_to` saves them elsewhere.
+
+    Methods that take rows take the snapshot that they are of; without one they mean the rows as they are now.
     """
 
     def __init__(self, database: sqlite3.Connection, folder: Path | None, *, read_only: bool) -> None:
+        self.live = LiveState(database, folder, read_only=read_only)
         self.folder, self.read_only = folder, read_only
-        self._reader = database
-        self._writer = database if folder is None else None
-        self._reading = threading.RLock()
-        # In memory both sides share one connection, so a reader waits for the end of a transaction.
-        self._writing = self._reading if folder is None or read_only else threading.RLock()
-        self._pending: dict[int, Segment] = {}
-        self._snapshot = Snapshot(alive=np.zeros(0, bool), segments=())
-        self._seen = -1
         self.encoder = self._read_identity()
-        self._reload()
 
     @classmethod
     def create(cls, folder: Path | None, encoder: EncoderIdentity) -> Store:
@@ -106,10 +73,12 @@ class Store:
         if folder is not None:
             _make_new_folder(folder)
         database = connect_in_memory() if folder is None else connect_to_write(folder, create=True)
-        values = {"format_version": str(FORMAT_VERSION), "encoder": json.dumps(asdict(encoder)), "sealed": "no"}
+        values = {"format_version": manifest.FORMAT_VERSION, "encoder": json.dumps(asdict(encoder)), "sealed": "no"}
         with translated_errors(folder):
             database.executescript("BEGIN;" + SCHEMA)
-            database.executemany("INSERT INTO settings VALUES (?, ?)", values.items())
+            for name, value in values.items():
+                manifest.put(database, name, value)
+            manifest.sign(database)
             database.execute("COMMIT")
         if folder is None:
             return cls(database, None, read_only=False)
@@ -133,10 +102,7 @@ class Store:
 
     def close(self) -> None:
         """Leave one database file without a journal beside it; the store cannot be used afterwards."""
-        with self._writing, self._reading:
-            self._reader.close()
-            if self._writer is not None and self._writer is not self._reader:
-                close_writer(self._writer)
+        self.live.close()
 
     def __enter__(self) -> Store:
         return self
@@ -147,7 +113,7 @@ class Store:
     @property
     def name(self) -> str:
         """How messages call the store."""
-        return str(self.folder) if self.folder is not None else "the index in memory"
+        return self.live.name
 
     # Reading
 
@@ -156,39 +122,58 @@ class Store:
 
     def snapshot(self) -> Snapshot:
         """The rows as they are now, with what other processes have committed."""
-        with self._reading, translated_errors(self.folder):
-            if self._reader.execute("PRAGMA data_version").fetchone()[0] != self._seen:
-                self._reload()
-            return self._snapshot
+        return self.live.snapshot()
+
+    def consistently(self, read: Callable[[Snapshot], Answer]) -> Answer:
+        """What `read` makes of the rows as they are now; it is called again when a compaction came in between."""
+        while True:
+            try:
+                return read(self.snapshot())
+            except CompactedError:
+                continue
 
     def setting(self, name: str) -> str | None:
         """A text kept with the store, None when it was never set."""
-        found = self._query("SELECT value FROM settings WHERE name = ?", (name,))
+        found = self.live.query("SELECT value FROM settings WHERE name = ?", (name,))
         return found[0][0] if found else None
 
-    def rows_of(self, ids: Sequence[str]) -> Int[np.ndarray, "ids"]:
-        """The row of each image that is not removed, -1 for ids the store does not hold."""
-        found: dict[str, int] = {}
-        for piece in _pieces([text(one) for one in ids]):
-            marks = ",".join("?" * len(piece))
-            found.update(self._query(f"SELECT id, row FROM items WHERE deleted_at IS NULL AND id IN ({marks})", piece))
-        return np.array([found.get(text(one), -1) for one in ids], np.int64)
+    def rows_of(self, ids: Sequence[str], snapshot: Snapshot | None = None) -> Int[np.ndarray, "ids"]:
+        """The row of each image that is not removed, -1 for ids the store does not hold.
 
-    def items(self, rows: Int[np.ndarray, "rows"]) -> list[Item]:
-        """Id and provenance of each row. Raises: StoreError when the database does not hold one."""
-        found: dict[int, Item] = {}
-        for piece in _pieces([int(row) for row in rows]):
-            sql = f"SELECT row, id, source, key, content FROM items WHERE row IN ({','.join('?' * len(piece))})"
-            for row, id_, source, key, content in self._query(sql, piece):
-                found[row] = Item(id=id_, source=source, key=key, content=content.hex())
-        if missing := [int(row) for row in rows if int(row) not in found]:
+        Raises: CompactedError when an id may be that of an image of an older snapshot that was purged meanwhile.
+        """
+        now, wanted = snapshot or self.snapshot(), [text(one) for one in ids]
+        found = self._rows_by_id(wanted, now, "deleted_at IS NULL")
+        if snapshot is not None and (missing := [one for one in wanted if one not in found]):
+            found |= self._rows_by_id(missing, now, "deleted_at IS NOT NULL")
+            if len(found.keys() & set(wanted)) < len(set(wanted)):
+                self._require_generation(now)
+        return np.array([found.get(one, -1) for one in wanted], np.int64)
+
+    def items(self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot | None = None) -> list[Item]:
+        """Id and provenance of each row. Raises: StoreError when the database does not hold one, or it is damaged."""
+        found = self.facts(rows, snapshot)
+        return [Item(id=id_, source=source, key=key, content=content.hex()) for id_, source, key, content, _ in found]
+
+    def facts(self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot | None = None) -> list[Facts]:
+        """As `items`, with the time of adding, as the database holds it."""
+        now = snapshot or self.snapshot()
+        records = now.records.of_rows(rows).tolist()
+        found: dict[int, Facts] = {}
+        columns = "row, id, source, key, content, added_at" + (", crc32" if self.live.checksums else ", NULL")
+        for piece in _pieces(records):
+            sql = f"SELECT {columns} FROM items WHERE row IN ({','.join('?' * len(piece))})"
+            for record, *facts, crc in self.live.query(sql, piece):
+                found[record] = _verified(self.name, record, tuple(facts), crc)
+        if missing := [record for record in records if record not in found]:
+            self._require_generation(now)
             raise StoreError(f"{self.name}: row {missing[0]} is not in the database: {CURE}")
-        return [found[int(row)] for row in rows]
+        return [found[record] for record in records]
 
     def id_of_content(self, content: str) -> str | None:
         """The id of the image with this content digest, None when it is not there or removed."""
         sql = "SELECT id FROM items WHERE deleted_at IS NULL AND content = ?"
-        found = self._query(sql, (bytes.fromhex(content),))
+        found = self.live.query(sql, (bytes.fromhex(content),))
         return found[0][0] if found else None
 
     def embeddings(
@@ -210,21 +195,27 @@ class Store:
                 out[places], known[places] = found[local], True
         return out, known
 
-    def preview(self, row: int) -> bytes | None:
-        """The small encoded picture of a row, None when it was added without."""
-        found = self._query("SELECT picture FROM previews WHERE row = ?", (row,))
-        return found[0][0] if found else None
+    def preview(self, row: int, snapshot: Snapshot | None = None) -> bytes | None:
+        """The small encoded picture of a row, None when it was added without. Raises: StoreError for a damaged one."""
+        record = int((snapshot or self.snapshot()).records.of_rows(np.array([row]))[0])
+        for picture, crc in self.live.query("SELECT picture, crc32 FROM previews WHERE row = ?", (record,)):
+            if preview_crc(picture) != crc:
+                raise StoreError(f"{self.name}: the preview of row {record} is damaged: {CURE}")
+            return bytes(picture)
+        return None
 
     def matching(self, where: str, snapshot: Snapshot | None = None) -> Bool[np.ndarray, "rows"]:
         """Which rows are not removed and fulfil an SQL condition over id, source, key and added_at (seconds since 1970).
 
-        Raises: UsageError when it is no condition, or names anything else.
+        Raises: UsageError when it is no condition, or names anything else; CompactedError when the snapshot is too old.
         """
-        snapshot = snapshot or self.snapshot()
-        with self._reading:
-            rows = rows_where(self._reader, where)
+        if snapshot is None:
+            return self.consistently(lambda now: self.matching(where, now))
+        with self.live.reading:
+            rows = snapshot.records.rows_of(rows_where(self.live.reader, where))
+        self._require_generation(snapshot)
         mask = np.zeros(snapshot.num_rows, bool)
-        mask[rows[rows < snapshot.num_rows]] = True
+        mask[rows[(rows >= 0) & (rows < snapshot.num_rows)]] = True
         return mask & snapshot.alive
 
     # Writing
@@ -235,50 +226,75 @@ class Store:
         embeddings: Float[np.ndarray, "items width"],
         thumbnails: UInt8[np.ndarray, "items values"] | None = None,
         previews: Sequence[bytes | None] | None = None,
+        added_at: Sequence[float] | None = None,
     ) -> Bool[np.ndarray, "items"]:
         """Add images as one segment: all of them or, after an error, none.
 
         Args:
             embeddings: vectors of any length but zero; what is stored is their direction in float16.
             previews: an encoded picture to show each image by.
+            added_at: seconds since 1970 of each image; None for now.
 
         Returns: which were added; the others were there already, with the same content.
         Raises: FingerprintError for another width; UsageError for vectors that are zero or not finite and for an id taken
             by other content; KnnDiffusionError when the disk is full; StoreError when another process writes.
         """
         vectors = stored_rows(embeddings, self.encoder.dim, f"{self.name}, embeddings")
-        with self._transaction() as database:
-            added, named = _choose(database, items)
-            chosen = np.flatnonzero(added)
+        with self.live.transaction() as change:
+            added, named = choose(change.database, items)
+            chosen, now, before = np.flatnonzero(added), time.time(), self.snapshot()
             if not len(chosen):
                 return added
+            times = [now if added_at is None else added_at[place] for place in chosen.tolist()]
+            facts = [item.facts(moment) for item, moment in zip(named, times, strict=True)]
             pictures = None if thumbnails is None else np.ascontiguousarray(thumbnails[chosen])
-            first_row = self._add_segment(database, named, vectors[chosen], pictures)
-            shown = [previews[int(place)] for place in chosen] if previews is not None else []
-            rows = [(first_row + n, picture, zlib.crc32(picture)) for n, picture in enumerate(shown) if picture]
-            database.executemany("INSERT INTO previews VALUES (?, ?, ?)", rows)
+            record = before.num_rows + before.records.num_purged
+            change.append(facts, vectors[chosen], pictures, before.num_rows, record)
+            shown = [previews[place] for place in chosen.tolist()] if previews is not None else []
+            rows = [(record + n, picture, zlib.crc32(picture)) for n, picture in enumerate(shown) if picture]
+            change.database.executemany("INSERT INTO previews VALUES (?, ?, ?)", rows)
         return added
 
     def remove(self, ids: Sequence[str]) -> None:
-        """Remove images; the next search does not see them.
+        """Remove images; the next search does not see them. Their rows stay on the disk until a compaction.
 
         Raises: UsageError naming the first unknown id, before anything is removed.
         """
-        with self._transaction() as database:
-            rows = [int(row) for row in self.rows_of(ids)]
+        with self.live.transaction() as change:
+            now = self.snapshot()
+            rows = self.rows_of(ids, now)
             if unknown := [one for one, row in zip(ids, rows, strict=True) if row < 0]:
                 raise UsageError(
                     f"expected ids of images in {self.name}, got {unknown[0]!r} ({len(unknown)} of {len(rows)} unknown): "
                     "search the index to see its ids; nothing was removed"
                 )
-            now = time.time()
-            database.executemany("UPDATE items SET deleted_at = ? WHERE row = ?", [(now, row) for row in rows])
-            database.executemany("DELETE FROM previews WHERE row = ?", [(row,) for row in rows])
+            records = now.records.of_rows(np.unique(rows))
+            numbers = [(int(record),) for record in records]
+            sql = f"UPDATE items SET deleted_at = {time.time()!r} WHERE row = ?"
+            change.database.executemany(sql, numbers)
+            change.database.executemany("DELETE FROM previews WHERE row = ?", numbers)
+            manifest.add_removed(change.database, records)
+
+    def waste(self) -> compaction.Waste:
+        """What share of the rows is removed, and what a compaction would free."""
+        return compaction.waste(self)
+
+    def compact(self, progress: compaction.Progress | None = None) -> compaction.Waste:
+        """Take removed images off the disk and make many small segments few; everything else stays as it is.
+
+        Searches, additions and removals go on meanwhile; rows are numbered anew and the snapshot's generation rises.
+
+        Returns: what there was to change.
+        Raises: StoreError for a read-only or damaged store; KnnDiffusionError when the disk is full; the store is as it was.
+        """
+        if self.read_only:
+            raise StoreError(f"{self.name} is read-only: save a copy, which leaves out what is removed")
+        return compaction.compact(self, progress)
 
     def set_setting(self, name: str, value: str) -> None:
         """Keep a text with the store."""
-        with self._transaction() as database:
-            database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+        with self.live.transaction() as change:
+            manifest.put(change.database, name, value)
 
     def copy_to(self, folder: Path, *, sealed: bool = False) -> None:
         """Write everything that is not removed into the empty folder, in few segments.
@@ -288,35 +304,21 @@ class Store:
         """
         snapshot = self.snapshot()
         with Store.create(folder, self.encoder) as copy:
-            for name, value in self._query("SELECT name, value FROM settings"):
-                if name not in _OWN_SETTINGS:
+            for name, value in self.live.query("SELECT name, value FROM settings"):
+                if name not in manifest.OWN_SETTINGS:
                     copy.set_setting(name, value)
             for rows in snapshot.runs():
                 pictures, known = self.thumbnails(rows, snapshot)
-                previews = [self.preview(int(row)) for row in rows]
-                vectors = self.embeddings(rows, snapshot)
-                copy.append(self.items(rows), vectors, pictures if known.all() else None, previews)
+                previews = [self.preview(int(row), snapshot) for row in rows]
+                vectors, times = self.embeddings(rows, snapshot), [facts[-1] for facts in self.facts(rows, snapshot)]
+                copy.append(self.items(rows, snapshot), vectors, pictures if known.all() else None, previews, times)
             copy.set_setting("sealed", "yes" if sealed else "no")
 
     # Verifying
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the store, each in a few words; empty for a sound one."""
-        try:
-            broken = [f"{DATABASE}: {found}" for (found,) in self._query("PRAGMA integrity_check") if found != "ok"]
-            if broken:
-                return broken[:1]
-            segments = self.snapshot().segments
-            listed = [problem for segment in segments for problem in self._segment_problems(segment)]
-            total, expected = self._query("SELECT count(*) FROM items")[0][0], self.snapshot().num_rows
-            pictures = self._query("SELECT row, picture, crc32 FROM previews")
-        except StoreError as error:
-            return [str(error)]
-        if total != expected:
-            listed.append(f"{DATABASE}: expected {expected} rows, found {total}")
-        return listed + [
-            f"the preview of row {row} is damaged" for row, picture, crc in pictures if zlib.crc32(picture) != crc
-        ]
+        return verify.problems(self)
 
     def bytes_on_disk(self) -> int:
         """Size of all files of the store, in bytes; 0 in memory."""
@@ -324,148 +326,32 @@ class Store:
 
     # Inside
 
-    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        with self._reading, translated_errors(self.folder):
-            return self._reader.execute(sql, values).fetchall()
+    def _rows_by_id(self, ids: Sequence[str], snapshot: Snapshot, condition: str) -> dict[str, int]:
+        """Rows that the snapshot holds as not removed."""
+        found: dict[str, int] = {}
+        for piece in _pieces(list(ids)):
+            sql = f"SELECT id, row FROM items WHERE {condition} AND id IN ({','.join('?' * len(piece))})"
+            for id_, record in self.live.query(sql, piece):
+                row = int(snapshot.records.rows_of(np.array([record]))[0])
+                if 0 <= row < snapshot.num_rows and snapshot.alive[row]:
+                    found[id_] = row
+        return found
+
+    def _require_generation(self, snapshot: Snapshot) -> None:
+        if self.snapshot().generation != snapshot.generation:
+            raise CompactedError(f"{self.name} was compacted meanwhile: take a new snapshot and ask again")
 
     def _read_identity(self) -> EncoderIdentity:
-        version = self.setting("format_version")
-        if version != str(FORMAT_VERSION):
-            raise StoreError(
-                f"{self.name} has format {version}, this version reads {FORMAT_VERSION}: upgrade knn-diffusion"
-            )
         try:
             return EncoderIdentity(**json.loads(self.setting("encoder") or ""))
         except (ValueError, TypeError) as error:
             raise StoreError(f"{self.name} does not say which encoder made it ({error}): {CURE}") from None
 
-    def _reload(self) -> None:
-        """Read segments and removed rows again; segments known already keep their arrays."""
-        with self._reading, translated_errors(self.folder):
-            seen = self._reader.execute("PRAGMA data_version").fetchone()[0]
-            self._reader.execute("BEGIN")
-            found = self._reader.execute("SELECT * FROM segments ORDER BY number").fetchall()
-            deleted = self._reader.execute("SELECT row FROM items WHERE deleted_at IS NOT NULL").fetchall()
-            self._reader.execute("COMMIT")
-            known = self._pending | {segment.number: segment for segment in self._snapshot.segments}
-            segments = tuple(known.get(values[0]) or self._segment(*values) for values in found)
-            num_rows = sum(segment.num_rows for segment in segments)
-            gone = np.array([row for (row,) in deleted], np.int64)
-            if gone.size and gone.max() >= num_rows:
-                raise StoreError(f"{self.name}: the database names rows beyond the {num_rows} in its segments: {CURE}")
-            alive = np.ones(num_rows, bool)
-            alive[gone] = False
-            self._snapshot, self._seen, self._pending = Snapshot(alive=alive, segments=segments), seen, {}
 
-    def _segment(self, number: int, first_row: int, num_rows: int, *digests: Any) -> Segment:
-        embeddings, thumbnails, items = digests
-        return Segment(
-            number=number,
-            first_row=first_row,
-            num_rows=num_rows,
-            embeddings_sha256=embeddings,
-            thumbnails_sha256=thumbnails,
-            items_sha256=items,
-            folder=self.folder / "segments" if self.folder is not None else None,
-        )
-
-    def _segment_problems(self, segment: Segment) -> Iterator[str]:
-        yield from segment.file_problems()
-        sql = "SELECT id, source, key, content, added_at FROM items WHERE row >= ? AND row < ? ORDER BY row"
-        if (
-            items_digest(self._query(sql, (segment.first_row, segment.first_row + segment.num_rows)))
-            != segment.items_sha256
-        ):
-            yield f"{DATABASE}: the items of segment {segment.number} are not those that were added"
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Everything in the block is committed together, or nothing is."""
-        with self._writing:
-            database = self._open_writer()
-            with translated_errors(self.folder):
-                database.execute("BEGIN IMMEDIATE")
-                try:
-                    yield database
-                    database.execute("COMMIT")
-                except BaseException:
-                    self._pending = {}
-                    with suppress(sqlite3.Error):
-                        database.execute("ROLLBACK")
-                    raise
-            self._reload()
-
-    def _open_writer(self) -> sqlite3.Connection:
-        """The connection that writes: to the folder, or to a copy in memory when the folder may not change."""
-        if self._writer is None and self.read_only:
-            overlay = connect_in_memory()
-            with translated_errors(self.folder):
-                self._reader.backup(overlay)
-            self._reader.close()
-            self._reader = self._writer = overlay
-        elif self._writer is None:
-            assert self.folder is not None
-            self._writer = connect_to_write(self.folder)
-        return self._writer
-
-    def _add_segment(
-        self,
-        database: sqlite3.Connection,
-        items: Sequence[Item],
-        vectors: Float16[np.ndarray, "items dim"],
-        thumbnails: UInt8[np.ndarray, "items values"] | None,
-    ) -> int:
-        """Write the arrays, then name them in the open transaction; the first row of the new segment."""
-        sql = "SELECT ifnull(max(number), 0) + 1, ifnull(sum(num_rows), 0) FROM segments"
-        number, first_row = database.execute(sql).fetchone()
-        now = time.time()
-        rows = [(item.id, text(item.source), text(item.key), bytes.fromhex(item.content), now) for item in items]
-        pictures_digest = None if thumbnails is None else bytes_digest(thumbnails)
-        values = (number, first_row, len(items), bytes_digest(vectors), pictures_digest, items_digest(rows))
-        segment = self._segment(*values)
-        segment.embeddings, segment.thumbnails = vectors, thumbnails
-        if self.read_only or self.folder is None:
-            segment.folder = None
-        else:
-            self._sweep(database)
-            segment.write()
-        self._pending = {number: segment}
-        database.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", values)
-        sql = "INSERT INTO items (row, id, source, key, content, added_at) VALUES (?, ?, ?, ?, ?, ?)"
-        database.executemany(sql, [(first_row + place, *row) for place, row in enumerate(rows)])
-        return int(first_row)
-
-    def _sweep(self, database: sqlite3.Connection) -> None:
-        """Delete segment files that no commit names: left by a process that died or a disk that was full."""
-        assert self.folder is not None
-        named = {f"{number:08d}" for (number,) in database.execute("SELECT number FROM segments")}
-        for path in (self.folder / "segments").iterdir():
-            if path.name.split(".")[0] not in named:
-                with suppress(OSError):
-                    path.unlink()
-
-
-def _choose(database: sqlite3.Connection, items: Sequence[Item]) -> tuple[Bool[np.ndarray, "items"], list[Item]]:
-    """Which items are new, and those with their ids."""
-    added = np.zeros(len(items), bool)
-    chosen: dict[str, Item] = {}
-    contents: set[str] = set()
-    live = "SELECT 1 FROM items WHERE deleted_at IS NULL AND "
-    for place, item in enumerate(items):
-        if (
-            item.content in contents
-            or database.execute(live + "content = ?", (bytes.fromhex(item.content),)).fetchone()
-        ):
-            continue
-        for id_ in [text(item.id)] if item.id else [item.content[:ID_LENGTH], item.content]:
-            if id_ not in chosen and not database.execute(live + "id = ?", (id_,)).fetchone():
-                break
-        else:
-            raise UsageError(f"id {item.id!r} is taken by other content: choose another id or remove that image first")
-        contents.add(item.content)
-        chosen[id_] = replace(item, id=id_)
-        added[place] = True
-    return added, list(chosen.values())
+def _verified(name: str, record: int, facts: Any, crc: int | None) -> Facts:
+    if crc is not None and item_crc(record, facts) != crc:
+        raise StoreError(f"{name}: item {record} of {DATABASE} is damaged: {CURE}")
+    return facts
 
 
 def _make_new_folder(folder: Path) -> None:
@@ -474,9 +360,11 @@ def _make_new_folder(folder: Path) -> None:
             f"expected a new folder for the index, {folder} exists: choose another or add to the index there"
         )
     try:
-        (folder / "segments").mkdir(parents=True, exist_ok=True)
+        (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
+        sync(folder)
+        sync(folder.parent)
     except OSError as error:
-        raise StoreError(f"{folder} cannot be written ({error.strerror}): choose another place") from None
+        raise StoreError(f"{folder} could not be written ({error.strerror}): choose another place") from None
 
 
 def _pieces(values: list[Any]) -> Iterator[list[Any]]:

@@ -23,7 +23,7 @@ from knn_diffusion.retrieval.interchange.tables import CONTENT_COLUMN
 from knn_diffusion.retrieval.interchange.vector_files import EMBEDDINGS_FILE, ENCODER_FILE, IDS_FILE, PROVENANCE_FILE
 from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.plan import IndexConfig
-from knn_diffusion.retrieval.segments import SEGMENT_ROWS, Snapshot
+from knn_diffusion.retrieval.segments import SEGMENT_ROWS, CompactedError, Snapshot
 from knn_diffusion.retrieval.store import Item, Store
 
 SHARD_ROWS = 1_000_000
@@ -71,7 +71,8 @@ def export_vectors(
     snapshot = store.snapshot()
     if not len(snapshot.live_rows):
         raise StoreError(f"{store.name} holds no images: add some before exporting")
-    with atomic_folder(folder) as temporary:
+    compacted = f"{store.name} was compacted during the export, nothing was written: export it again"
+    with atomic_folder(folder) as temporary, _told_of_compaction(compacted):
         shards = list(_shards(snapshot)) if layout == "clip-retrieval" else [snapshot.live_rows]
         batches = _Batches(store, snapshot, progress)
         if layout == "clip-retrieval":
@@ -81,11 +82,19 @@ def export_vectors(
         write_json(temporary / ENCODER_FILE, asdict(store.encoder))
         kind = write_faiss(store, snapshot, faiss, temporary, progress) if faiss is not None else None
         if store.snapshot().numbers[: len(snapshot.numbers)] != snapshot.numbers:  # its rows have other numbers now
-            raise StoreError(f"{store.name} was compacted during the export, nothing was written: export it again")
+            raise StoreError(compacted)
     return ExportReport(
         folder=str(folder.absolute()), layout=layout, count=len(snapshot.live_rows), dim=store.encoder.dim,
         files=len(shards), faiss=kind,
     )  # fmt: skip
+
+
+@contextmanager
+def _told_of_compaction(message: str) -> Iterator[None]:
+    try:
+        yield
+    except CompactedError:
+        raise StoreError(message) from None
 
 
 def _shards(snapshot: Snapshot) -> Iterator[Int[np.ndarray, "some"]]:
@@ -103,7 +112,7 @@ class _Batches:
     def of(self, rows: Int[np.ndarray, "some"]) -> Batches:
         for start in range(0, len(rows), BATCH_ROWS):
             some = rows[start : start + BATCH_ROWS]
-            yield self._store.embeddings(some, self._snapshot), self._store.items(some)
+            yield self._store.embeddings(some, self._snapshot), self._store.items(some, self._snapshot)
             self._done += len(some)
             if self._progress is not None:
                 self._progress("exporting embeddings", self._done, len(self._snapshot.live_rows))

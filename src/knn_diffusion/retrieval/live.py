@@ -1,0 +1,130 @@
+"""The present state of a store: its connections to the database, and the snapshot that reads start from.
+
+Any number of threads read through one connection, in turn; another one writes. In memory both are the same, so that a
+reader waits for the end of a transaction. A snapshot is made anew when somebody, here or elsewhere, has committed.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knn_diffusion.errors import StoreError
+from knn_diffusion.retrieval.database import (
+    close_writer,
+    connect_in_memory,
+    connect_to_write,
+    free_bytes,
+    give_back,
+    translated_errors,
+)  # fmt: skip
+from knn_diffusion.retrieval.manifest import Manifest, read_manifest
+from knn_diffusion.retrieval.segments import CURE, Segment, Snapshot
+from knn_diffusion.retrieval.transaction import Transaction, known_segment, transaction
+
+
+class LiveState:
+    """What a store is now, for any number of threads."""
+
+    def __init__(self, database: sqlite3.Connection, folder: Path | None, *, read_only: bool) -> None:
+        self.folder, self.read_only = folder, read_only
+        self.name = str(folder) if folder is not None else "the index in memory"
+        self.checksums = False
+        """Whether items have checksums of their own."""
+        self.reading = threading.RLock()
+        self.reader = database
+        self._writer = database if folder is None else None
+        self._writing = self.reading if folder is None or read_only else threading.RLock()
+        self._snapshot = Snapshot(alive=np.zeros(0, bool), segments=())
+        self._seen = -1
+        self._reload()
+
+    def close(self) -> None:
+        """Leave one database file without a journal beside it."""
+        with self._writing, self.reading:
+            self.reader.close()
+            if self._writer is not None and self._writer is not self.reader:
+                close_writer(self._writer)
+
+    def snapshot(self) -> Snapshot:
+        """The rows as they are now, with what other processes have committed."""
+        with self.reading, translated_errors(self.folder):
+            if self.reader.execute("PRAGMA data_version").fetchone()[0] != self._seen:
+                self._reload()
+            return self._snapshot
+
+    def query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """What the database answers."""
+        with self.reading, translated_errors(self.folder):
+            return self.reader.execute(sql, values).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Everything in the block is committed together, or nothing is."""
+        with self._writing:
+            database = self.open_writer()
+            with transaction(database, None if self.read_only else self.folder) as change:
+                yield change
+            self._reload(change.made)
+
+    def free_bytes(self) -> int:
+        """What the database holds for nothing."""
+        with self.reading, translated_errors(self.folder):
+            return free_bytes(self.reader)
+
+    def give_back(self) -> None:
+        """Give that back to the disk."""
+        if self.folder is not None and self.free_bytes():
+            with self._writing, translated_errors(self.folder):
+                give_back(self.open_writer())
+
+    def _reload(self, made: Sequence[Segment] = ()) -> None:
+        """Read the small tables again; segments known already keep their arrays."""
+        with self.reading, translated_errors(self.folder):
+            while True:
+                seen = self.reader.execute("PRAGMA data_version").fetchone()[0]
+                old = self._snapshot
+                found = read_manifest(self.reader, self.name, old.generation, old.records)
+                snapshot = self._assembled(found, made)
+                known = {segment.number for segment in old.segments}
+                missing = [one for one in snapshot.segments if one.number not in known and not one.hold()]
+                if not missing or self.reader.execute("PRAGMA data_version").fetchone()[0] == seen:
+                    break  # a file that is missing though nothing was committed meanwhile is damage: whoever reads it says so
+            self.checksums = found.checksums
+            self._snapshot, self._seen = snapshot, seen
+
+    def _assembled(self, found: Manifest, made: Sequence[Segment]) -> Snapshot:
+        known = {segment.number: segment for segment in (*self._snapshot.segments, *made)}
+        segments: list[Segment] = []
+        for values in found.segments:
+            segment = known.get(values[0]) or known_segment(values, self.folder)
+            moved = segment.first_row != values[1]
+            segments.append(replace(segment, first_row=values[1]) if moved else segment)
+        num_rows = sum(segment.num_rows for segment in segments)
+        gone = found.records.rows_of(found.removed)
+        if gone.size and not 0 <= gone.min() <= gone.max() < num_rows:
+            raise StoreError(f"{self.name}: the database names rows beyond the {num_rows} in its segments: {CURE}")
+        alive = np.ones(num_rows, bool)
+        alive[gone] = False
+        return Snapshot(alive=alive, segments=tuple(segments), generation=found.generation, records=found.records)
+
+    def open_writer(self) -> sqlite3.Connection:
+        """The connection that writes: to the folder, or to a copy in memory when the folder may not change."""
+        if self._writer is None and self.read_only:
+            overlay = connect_in_memory()
+            with translated_errors(self.folder):
+                self.reader.backup(overlay)
+            self.reader.close()
+            self.reader = self._writer = overlay
+            self._reload()
+        elif self._writer is None:
+            assert self.folder is not None
+            self._writer = connect_to_write(self.folder)
+        return self._writer

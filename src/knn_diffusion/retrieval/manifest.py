@@ -1,0 +1,154 @@
+"""The small tables of a store's database: settings, segments, removed and purged images; signed, and verified when read.
+
+SQLite notices a page that makes no sense, but not one bit that flipped inside a number or a text. So the last step of
+every transaction is a digest over these tables. It covers the removed images by a sum that a removal adds to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+from knn_diffusion.errors import StoreError
+from knn_diffusion.retrieval.database import DATABASE, UPGRADE
+from knn_diffusion.retrieval.records import Records
+
+FORMAT_VERSION = 2
+"""Of new stores. Format 1 knew no compaction, no signature and no checksum of items; writing to it makes it format 2."""
+READABLE = ("1", "2")
+OWN_SETTINGS = ("format_version", "encoder", "sealed", "generation", "last_segment", "removed", "purged", "signature")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Manifest:
+    """What the small tables say, at one moment."""
+
+    generation: int
+    checksums: bool
+    """Whether items have some of their own."""
+    segments: list[tuple[Any, ...]]
+    """Number, first row, rows, and digests of embeddings, thumbnails and items, in the order of their rows."""
+    removed: Int64[np.ndarray, "removed"]
+    """Records of removed images that are still on the disk, ascending."""
+    records: Records
+
+
+def read_manifest(database: sqlite3.Connection, name: str, generation: int, records: Records) -> Manifest:
+    """The small tables, verified, in one read transaction.
+
+    Args:
+        generation, records: as they were read last, to spare reading what has not changed.
+
+    Raises: StoreError when they are damaged or of another format.
+    """
+    database.execute("BEGIN")
+    try:
+        settings = dict(database.execute("SELECT name, value FROM settings"))
+        segments = database.execute("SELECT * FROM segments ORDER BY first_row").fetchall()
+        found = database.execute("SELECT row FROM items WHERE deleted_at IS NOT NULL ORDER BY row").fetchall()
+        version = settings.get("format_version")
+        if version not in READABLE:
+            raise StoreError(
+                f"{name} has format {version}, this version reads {' and '.join(READABLE)}: upgrade knn-diffusion"
+            )
+        removed = np.array([row for (row,) in found], np.int64)
+        if version != "1":  # which was not signed
+            _verify(settings, segments, removed, name)
+        now = int(settings.get("generation", "0"))
+        if now != generation:
+            records = _read_records(database, settings, name)
+    finally:
+        database.execute("COMMIT")
+    checksums = version != "1"
+    return Manifest(generation=now, checksums=checksums, segments=segments, removed=removed, records=records)
+
+
+def sign(database: sqlite3.Connection) -> None:
+    """The last step of a transaction."""
+    put(database, "signature", _signature(*_signed(database)))
+
+
+def put(database: sqlite3.Connection, name: str, value: object) -> None:
+    """Write one setting."""
+    database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, str(value)))
+
+
+def get(database: sqlite3.Connection, name: str) -> str | None:
+    """One setting, None when it was never set."""
+    found = database.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+    return None if found is None else str(found[0])
+
+
+def add_removed(database: sqlite3.Connection, records: Int[np.ndarray, "records"], sign: int = 1) -> None:
+    """Count records as removed, or with sign -1 no longer as removed but as purged."""
+    total = int(get(database, "removed") or 0) + sign * checksum(records)
+    put(database, "removed", total % 2**64)
+
+
+def purge(database: sqlite3.Connection, records: Records, generation: int) -> None:
+    """Say which records are gone from now on."""
+    database.execute("DELETE FROM purged")
+    runs = zip(records.firsts.tolist(), records.counts.tolist(), strict=True)
+    database.executemany("INSERT INTO purged VALUES (?, ?)", runs)
+    put(database, "purged", records.digest())
+    put(database, "generation", generation)
+
+
+def upgrade(database: sqlite3.Connection) -> None:
+    """Bring a store of format 1 to this one, inside a transaction; its items stay without checksums of their own."""
+    if get(database, "format_version") != "1":
+        return
+    for statement in UPGRADE:
+        database.execute(statement)
+    put(database, "format_version", FORMAT_VERSION)
+    found = database.execute("SELECT row FROM items WHERE deleted_at IS NOT NULL").fetchall()
+    add_removed(database, np.array([row for (row,) in found], np.int64))
+
+
+def checksum(records: Int[np.ndarray, "records"]) -> int:
+    """Sum of the records' mixed bits (splitmix64), in any order."""
+    bits = records.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((bits ^ (bits >> np.uint64(31))).sum(dtype=np.uint64))
+
+
+def _verify(settings: dict[str, str], segments: list[Any], removed: Int64[np.ndarray, "removed"], name: str) -> None:
+    signature = settings.pop("signature", "")
+    sound = signature == _signature(settings, segments) and int(settings.get("removed", "0")) == checksum(removed)
+    if not sound:
+        raise StoreError(
+            f"{name} holds a damaged {DATABASE} (its list of segments is not the signed one): "
+            "restore a copy or build the index again"
+        )
+
+
+def _signed(database: sqlite3.Connection) -> tuple[dict[str, str], list[Any]]:
+    settings = dict(database.execute("SELECT name, value FROM settings WHERE name != 'signature'"))
+    return settings, database.execute("SELECT * FROM segments ORDER BY first_row").fetchall()
+
+
+def _signature(settings: dict[str, str], segments: list[Any]) -> str:
+    told = json.dumps([sorted(settings.items(), key=repr), segments], default=repr)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _read_records(database: sqlite3.Connection, settings: dict[str, str], name: str) -> Records:
+    found = database.execute("SELECT first, count FROM purged ORDER BY first").fetchall()
+    try:
+        runs = np.array(found, np.int64).reshape(-1, 2).T.copy()
+        records = Records(firsts=runs[0], counts=runs[1])
+    except (ValueError, TypeError, OverflowError):
+        records = Records.complete()
+    if records.digest() != settings.get("purged"):
+        raise StoreError(
+            f"{name} holds a damaged {DATABASE} (its purged rows are not the signed ones): "
+            "restore a copy or build the index again"
+        )
+    return records

@@ -1,0 +1,167 @@
+"""One change of a store, committed as a whole or not at all: rows of the database, and the files that they name.
+
+A file is written to a temporary name, synced and renamed before the commit that names it. The number of a segment is
+larger than that of any file there is, and what no commit names is deleted only after a commit of our own: a commit whose
+sync failed may still come back after a crash, and finds its files.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float16, UInt8
+
+from knn_diffusion.errors import KnnDiffusionError
+from knn_diffusion.retrieval.database import translated_errors
+from knn_diffusion.retrieval.holder import noted
+from knn_diffusion.retrieval.items import Facts, item_crc, items_digest
+from knn_diffusion.retrieval.manifest import get, sign, upgrade
+from knn_diffusion.retrieval.segments import Segment, bytes_digest
+
+SEGMENTS = "segments"
+
+
+class Transaction:
+    """An open transaction, and the segments made in it."""
+
+    def __init__(self, database: sqlite3.Connection, folder: Path | None) -> None:
+        self.database = database
+        self.made: list[Segment] = []
+        self.dropped = False
+        """Whether segments were taken out."""
+        self._folder = folder / SEGMENTS if folder is not None else None
+
+    def append(
+        self,
+        items: Sequence[Facts],
+        vectors: Float16[np.ndarray, "items dim"],
+        thumbnails: UInt8[np.ndarray, "items values"] | None,
+        first_row: int,
+        first_record: int,
+    ) -> None:
+        """Write a segment of new images behind all others."""
+        segment = new_segment(items, vectors, thumbnails, self._folder)
+        segment.first_row, segment.number = first_row, self._next_number()
+        self.made.append(segment)
+        if self._folder is not None:
+            segment.write()
+        self.name(segment)
+        sql = "INSERT INTO items (row, id, source, key, content, added_at, crc32) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        numbered = enumerate(items, first_record)
+        self.database.executemany(sql, [(record, *facts, item_crc(record, facts)) for record, facts in numbered])
+
+    def adopt(self, segment: Segment) -> None:
+        """Take over a segment that was written elsewhere on the same disk."""
+        source = {kind: segment.path(kind) for kind in segment.digests()} if segment.folder is not None else {}
+        segment.number, segment.folder = self._next_number(), self._folder
+        self.made.append(segment)
+        try:
+            for kind, path in source.items():
+                os.replace(path, segment.path(kind))
+            if self._folder is not None:
+                sync(self._folder)
+        except OSError as error:
+            raise KnnDiffusionError(
+                f"{self._folder} could not be written ({error.strerror}): free space or mend permissions; nothing was changed"
+            ) from None
+
+    def name(self, segment: Segment) -> None:
+        """Put a segment into the database."""
+        place = (segment.number, segment.first_row, segment.num_rows)
+        digests = (segment.embeddings_sha256, segment.thumbnails_sha256, segment.items_sha256)
+        self.database.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*place, *digests))
+
+    def leftovers(self) -> list[Path]:
+        """Files that nothing will name: of a process that died, of a full disk, or replaced by a compaction."""
+        if self._folder is None or not (self.made or self.dropped):
+            return []
+        named = {f"{number:08d}" for (number,) in self.database.execute("SELECT number FROM segments")}
+        return [path for path in self._folder.iterdir() if path.name.split(".")[0] not in named]
+
+    def _next_number(self) -> int:
+        """A number that no segment ever had."""
+        known = [self.database.execute("SELECT ifnull(max(number), 0) FROM segments").fetchone()[0]]
+        known += [int(get(self.database, "last_segment") or 0), *(segment.number for segment in self.made)]
+        names = os.listdir(self._folder) if self._folder is not None else []
+        known += [int(name[:8]) for name in names if name[:8].isdecimal()]
+        return 1 + max(known)
+
+
+@contextmanager
+def transaction(database: sqlite3.Connection, folder: Path | None) -> Iterator[Transaction]:
+    """Everything in the block is committed together, or nothing is.
+
+    Args:
+        folder: of the store, None for one whose arrays stay in memory.
+
+    Raises: StoreError when another process writes, naming it.
+    """
+    with translated_errors(folder):
+        database.execute("BEGIN IMMEDIATE")
+        change, leftovers, committing = Transaction(database, folder), list[Path](), False
+        try:
+            with noted(folder):
+                upgrade(database)
+                yield change
+                sign(database)
+                leftovers = change.leftovers()
+            committing = True
+            database.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                database.execute("ROLLBACK")
+            for segment in change.made if not committing else ():
+                segment.delete()
+            raise
+    for path in leftovers:
+        with suppress(OSError):
+            path.unlink()
+
+
+def new_segment(
+    items: Sequence[Facts],
+    vectors: Float16[np.ndarray, "items dim"],
+    thumbnails: UInt8[np.ndarray, "items values"] | None,
+    folder: Path | None,
+) -> Segment:
+    """A segment in memory with its digests, still without number and place."""
+    return Segment(
+        number=0,
+        first_row=0,
+        num_rows=len(items),
+        embeddings_sha256=bytes_digest(vectors),
+        thumbnails_sha256=None if thumbnails is None else bytes_digest(thumbnails),
+        items_sha256=items_digest(items),
+        folder=folder,
+        embeddings=vectors,
+        thumbnails=thumbnails,
+    )
+
+
+def known_segment(values: Sequence[Any], folder: Path | None) -> Segment:
+    """The segment that a row of the database tells of."""
+    number, first_row, num_rows, embeddings, thumbnails, items = values
+    return Segment(
+        number=number,
+        first_row=first_row,
+        num_rows=num_rows,
+        embeddings_sha256=embeddings,
+        thumbnails_sha256=thumbnails,
+        items_sha256=items,
+        folder=folder / SEGMENTS if folder is not None else None,
+    )
+
+
+def sync(folder: Path) -> None:
+    """Put the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

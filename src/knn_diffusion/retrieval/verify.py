@@ -1,0 +1,70 @@
+"""Everything that can be wrong with a store, looked for in every file and every row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from knn_diffusion.errors import StoreError
+from knn_diffusion.retrieval.database import DATABASE
+from knn_diffusion.retrieval.items import Facts, items_digest, preview_crc
+from knn_diffusion.retrieval.segments import Segment, Snapshot
+
+if TYPE_CHECKING:
+    from knn_diffusion.retrieval.store import Store
+
+RECORDS_READ, PREVIEWS_READ = 10_000, 1_000
+
+
+def problems(store: Store) -> list[str]:
+    """What is wrong, each in a few words; empty for a sound store. A compaction meanwhile makes it look again."""
+    while True:
+        try:
+            before = store.snapshot()
+            found = list(_problems(store, before))
+            if not found or store.snapshot().generation == before.generation:
+                return found
+        except StoreError as error:
+            return [str(error)]
+
+
+def item_problems(store: Store, snapshot: Snapshot, segment: Segment) -> Iterator[str]:
+    """What is wrong with the items of a segment."""
+    if items_digest(_items_of(store, snapshot, segment)) != segment.items_sha256:
+        yield f"{DATABASE}: the items of segment {segment.number} are not those that were added"
+
+
+def _problems(store: Store, snapshot: Snapshot) -> Iterator[str]:
+    broken = [f"{DATABASE}: {found}" for (found,) in store.live.query("PRAGMA integrity_check") if found != "ok"]
+    if broken:
+        yield broken[0]
+        return
+    for segment in snapshot.segments:
+        yield from segment.file_problems()
+        yield from item_problems(store, snapshot, segment)
+    end = int(snapshot.records.of_rows(np.array([snapshot.num_rows]))[0])
+    total = store.live.query("SELECT count(*) FROM items WHERE row < ?", (end,))[0][0]
+    if total != snapshot.num_rows:
+        yield f"{DATABASE}: expected {snapshot.num_rows} rows, found {total}"
+    yield from _preview_problems(store)
+
+
+def _preview_problems(store: Store) -> Iterator[str]:
+    last = -1
+    while found := store.live.query(
+        "SELECT row, picture, crc32 FROM previews WHERE row > ? ORDER BY row LIMIT ?", (last, PREVIEWS_READ)
+    ):
+        for row, picture, crc in found:
+            if preview_crc(picture) != crc:
+                yield f"the preview of row {row} is damaged"
+        last = found[-1][0]
+
+
+def _items_of(store: Store, snapshot: Snapshot, segment: Segment) -> Iterator[Facts]:
+    ends = np.array([segment.first_row, segment.first_row + segment.num_rows - 1])
+    first, last = snapshot.records.of_rows(ends).tolist()
+    sql = "SELECT id, source, key, content, added_at FROM items WHERE row >= ? AND row <= ? ORDER BY row"
+    for start in range(first, last + 1, RECORDS_READ):
+        yield from store.live.query(sql, (start, min(start + RECORDS_READ - 1, last)))

@@ -43,6 +43,15 @@ def test_a_layout_asked_for_is_taken_at_any_size() -> None:
     assert plan_for(10**9, 512, IndexConfig(layout="exact")).layout == "exact"
 
 
+def test_a_plan_reads_as_one_line() -> None:
+    told = str(plan_for(1_000_000, 512, IndexConfig(memory_bytes=PLENTY)))
+    assert told.startswith(
+        "1,000,000 images: search is fast-scan, 4,096 cells (1,000,000 images are more than 100,000, "
+    )
+    assert told.endswith("and it fits 1,024.0 GiB), 139 MiB of memory, 139 MiB of disk, about 2.2 minutes to build")
+    assert str(plan_for(1000, 512, IndexConfig())).endswith("(1,000 images are at most 100,000), 2 MiB of memory")
+
+
 def test_cells_grow_with_the_root_of_the_size() -> None:
     counts = (1, 40, 1_000_000, 400_000_000)
     assert [IndexConfig().num_cells(count) for count in counts] == [1, 32, 4096, 65_536]

@@ -14,6 +14,7 @@ from knn_diffusion.errors import ImageError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from knn_diffusion.image_index import AddReport, ImageIndex
+    from knn_diffusion.retrieval.plan import Plan
 
 SKIPPED_SHOWN = 10
 
@@ -45,7 +46,7 @@ def build(
     from knn_diffusion.image_index import ImageIndex
 
     with progress() as show:
-        made = ImageIndex.build(images, output, encoder, progress=show)
+        made = ImageIndex.build(images, output, encoder, progress=show, announce=_announce)
     assert made.report is not None
     _tell(made.report, made, output, as_json)
 
@@ -141,6 +142,12 @@ def search(
         "shortfall": int(found.shortfall[0]),
     }
     answer(result, as_json, lambda: (f"{one['score']:.3f}  {one['id']}  {one['source']}" for one in neighbors))
+
+
+def _announce(plan: Plan) -> None:
+    """What a large index will take; a small one takes nothing worth a line."""
+    if plan.layout != "exact":
+        say(str(plan))
 
 
 def _changeable(index: str) -> ImageIndex:

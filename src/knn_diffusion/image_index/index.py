@@ -14,7 +14,7 @@ import io
 import json
 import shutil
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from knn_diffusion.retrieval.interchange import (
 )
 from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.neighbors import Progress, neighbors_of, self_neighbors
-from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan
+from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, plan_for
 from knn_diffusion.retrieval.segments import Snapshot, unit_rows
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
 from knn_diffusion.shapes import Neighbors
@@ -83,6 +83,7 @@ class ImageIndex:
         encoder: JointEncoder | str | Path,
         *,
         progress: Progress | None = None,
+        announce: Callable[[Plan], None] | None = None,
         previews: bool = True,
         settings: IndexConfig | None = None,
         rule: DedupConfig | None = None,
@@ -92,6 +93,7 @@ class ImageIndex:
         Args:
             images: folders, files, wildcards, tar shards, parquet tables, or pictures.
             encoder: a joint encoder, or the name or folder of one.
+            announce: told how so many images will be searched and what that takes, before the work begins.
             previews: keep a picture of at most 64 pixels of each image, to show neighbors by.
             rule: when two images count as the same; None takes the encoder's, or calibrates one on these images.
 
@@ -99,6 +101,8 @@ class ImageIndex:
             interruption the folder holds what was added so far, and `add` goes on from there.
         """
         found, loaded = find_sources(images), _loaded(encoder)
+        if announce is not None:
+            announce(plan_for(len(found), loaded.dim, settings or IndexConfig()))
         identity = EncoderIdentity(name=loaded.name, fingerprint=loaded.fingerprint, dim=loaded.dim)
         store = Store.create(Path(path) if path is not None else None, identity)
         if isinstance(encoder, str | Path):
@@ -116,7 +120,7 @@ class ImageIndex:
                 f"none of {len(found)} images could be used (first: {first.source}: {first.reason}): mend or replace them"
             )
         index.set_rule(rule or default_rule(loaded.name) or calibrate(store))
-        index._retriever.prepare()
+        index._retriever.prepare(progress)
         return index
 
     @classmethod

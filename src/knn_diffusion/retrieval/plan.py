@@ -115,6 +115,15 @@ class Plan:
         """The plan in a few words."""
         return self.layout if self.layout == "exact" else f"{self.layout}, {self.cells:,} cells"
 
+    def __str__(self) -> str:
+        """The plan in one line."""
+        takes = f"{self.memory_bytes / 2**20:,.0f} MiB of memory"
+        if self.layout != "exact":
+            takes += (
+                f", {self.disk_bytes / 2**20:,.0f} MiB of disk, about {self.build_seconds / 60:,.1f} minutes to build"
+            )
+        return f"{self.count:,} images: search is {self.engine} ({self.reason}), {takes}"
+
 
 def plan_for(count: int, dim: int, settings: IndexConfig) -> Plan:
     """The layout for so many images of `dim` numbers.

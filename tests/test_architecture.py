@@ -51,6 +51,9 @@ OPTIONAL = (
     "pyarrow",
     "torchvision",
     "matplotlib",
+    "milvus_lite",
+    "pandas",
+    "pymilvus",
     "faiss",
     "rich",
 )

@@ -288,6 +288,68 @@ def test_a_changed_item_or_preview_is_noticed_by_the_check(tmp_path: Path) -> No
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE settings SET value = replace(value, 'toy', 'tox') WHERE name = 'encoder'",
+        "UPDATE settings SET value = 'changed' WHERE name = 'note'",
+        "UPDATE settings SET value = '2' WHERE name = 'generation'",
+        "UPDATE segments SET embeddings_sha256 = replace(embeddings_sha256, 'a', 'b')",
+        "UPDATE segments SET num_rows = num_rows - 1",
+        "DELETE FROM segments",
+        "UPDATE items SET deleted_at = NULL WHERE deleted_at IS NOT NULL",
+        "UPDATE items SET deleted_at = 1 WHERE deleted_at IS NULL AND row % 3 = 0",
+        "UPDATE purged SET count = count + 1",
+        "DELETE FROM purged",
+    ],
+)
+def test_a_change_of_the_small_tables_is_refused_at_once(tmp_path: Path, change: str) -> None:
+    with filled(tmp_path / "index", range(6)) as store:
+        store.set_setting("note", "kept")
+        store.remove([content(2)[:16]])
+        store.compact()
+        store.append(*batch(range(6, 9)))
+        store.remove([content(7)[:16]])
+    raw = sqlite3.connect(tmp_path / "index" / "store.sqlite")
+    assert raw.execute(change).rowcount
+    raw.commit()
+    raw.close()
+    with pytest.raises(
+        StoreError, match=r"damaged store.sqlite \(its .* not the signed ones?\): restore a copy or build"
+    ):
+        Store.open(tmp_path / "index")
+
+
+def test_a_changed_item_or_preview_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    filled(tmp_path / "index", range(4)).close()
+    raw = sqlite3.connect(tmp_path / "index" / "store.sqlite")
+    raw.execute("UPDATE items SET source = 'elsewhere' WHERE row = 1")
+    raw.execute("UPDATE items SET added_at = 5 WHERE row = 2")
+    raw.execute("UPDATE previews SET picture = x'00' WHERE row = 0")
+    raw.execute("UPDATE previews SET row = 9 WHERE row = 3")
+    raw.commit()
+    raw.close()
+    with Store.open(tmp_path / "index") as store:
+        for row in (1, 2):
+            with pytest.raises(StoreError, match=f"item {row} of store.sqlite is damaged: restore a copy or build"):
+                store.items(np.array([0, row, 3]))
+        with pytest.raises(
+            StoreError, match="the preview of row 0 is damaged: restore a copy or build the index again"
+        ):
+            store.preview(0)
+        assert "the preview of row 9 is damaged" in store.problems()
+
+
+def test_a_lost_preview_is_noticed_by_the_check(tmp_path: Path) -> None:
+    filled(tmp_path / "index", range(4)).close()
+    raw = sqlite3.connect(tmp_path / "index" / "store.sqlite")
+    raw.execute("DELETE FROM previews WHERE row = 3")
+    raw.commit()
+    raw.close()
+    with Store.open(tmp_path / "index") as store:
+        assert store.problems() == ["store.sqlite: expected 4 previews, found 3"]
+
+
 @pytest.mark.parametrize("damage", ["text", "cut", "empty"])
 def test_a_damaged_database_is_refused(tmp_path: Path, damage: str) -> None:
     filled(tmp_path / "index", range(300)).close()

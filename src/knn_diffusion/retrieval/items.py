@@ -60,9 +60,14 @@ def item_crc(record: int, facts: Facts) -> int:
     return zlib.crc32(_line(facts), zlib.crc32(str(record).encode()))
 
 
-def preview_crc(picture: object) -> int:
-    """CRC-32 of an encoded picture, -1 of what is none."""
-    return zlib.crc32(picture) if isinstance(picture, bytes) else -1
+def preview_crc(record: int, picture: bytes) -> int:
+    """CRC-32 of an encoded picture and the number of its image."""
+    return zlib.crc32(picture, zlib.crc32(str(record).encode()))
+
+
+def preview_is_sound(record: int, picture: object, crc: int) -> bool:
+    """Whether a picture is the one that was added with that image; format 1 left the number out."""
+    return isinstance(picture, bytes) and crc in (preview_crc(record, picture), zlib.crc32(picture))
 
 
 def choose(database: sqlite3.Connection, items: Sequence[Item]) -> tuple[Bool[np.ndarray, "items"], list[Item]]:

@@ -22,7 +22,17 @@ from knn_diffusion.retrieval.records import Records
 FORMAT_VERSION = 2
 """Of new stores. Format 1 knew no compaction, no signature and no checksum of items; writing to it makes it format 2."""
 READABLE = ("1", "2")
-OWN_SETTINGS = ("format_version", "encoder", "sealed", "generation", "last_segment", "removed", "purged", "signature")
+OWN_SETTINGS = (
+    "format_version",
+    "encoder",
+    "sealed",
+    "generation",
+    "last_segment",
+    "removed",
+    "purged",
+    "previews",
+    "signature",
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -89,6 +99,13 @@ def add_removed(database: sqlite3.Connection, records: Int[np.ndarray, "records"
     """Count records as removed, or with sign -1 no longer as removed but as purged."""
     total = int(get(database, "removed") or 0) + sign * checksum(records)
     put(database, "removed", total % 2**64)
+
+
+def count_previews(database: sqlite3.Connection, more: int) -> None:
+    """After a change of the previews keep their number, which the check compares: a lost one looks like one never added."""
+    known = get(database, "previews")
+    now = database.execute("SELECT count(*) FROM previews").fetchone()[0] if known is None else int(known) + more
+    put(database, "previews", now)
 
 
 def purge(database: sqlite3.Connection, records: Records, generation: int) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +38,7 @@ from knn_diffusion.retrieval.database import (
     text,
     translated_errors,
 )  # fmt: skip
-from knn_diffusion.retrieval.items import EncoderIdentity, Facts, Item, choose, item_crc, preview_crc
+from knn_diffusion.retrieval.items import EncoderIdentity, Facts, Item, choose, item_crc, preview_crc, preview_is_sound
 from knn_diffusion.retrieval.live import LiveState
 from knn_diffusion.retrieval.segments import CURE, THUMBNAIL_VALUES, CompactedError, Snapshot, stored_rows
 from knn_diffusion.retrieval.transaction import SEGMENTS, sync
@@ -199,7 +198,7 @@ class Store:
         """The small encoded picture of a row, None when it was added without. Raises: StoreError for a damaged one."""
         record = int((snapshot or self.snapshot()).records.of_rows(np.array([row]))[0])
         for picture, crc in self.live.query("SELECT picture, crc32 FROM previews WHERE row = ?", (record,)):
-            if preview_crc(picture) != crc:
+            if not preview_is_sound(record, picture, crc):
                 raise StoreError(f"{self.name}: the preview of row {record} is damaged: {CURE}")
             return bytes(picture)
         return None
@@ -251,8 +250,10 @@ class Store:
             record = before.num_rows + before.records.num_purged
             change.append(facts, vectors[chosen], pictures, before.num_rows, record)
             shown = [previews[place] for place in chosen.tolist()] if previews is not None else []
-            rows = [(record + n, picture, zlib.crc32(picture)) for n, picture in enumerate(shown) if picture]
+            numbered = [(number, picture) for number, picture in enumerate(shown, record) if picture]
+            rows = [(number, picture, preview_crc(number, picture)) for number, picture in numbered]
             change.database.executemany("INSERT INTO previews VALUES (?, ?, ?)", rows)
+            manifest.count_previews(change.database, len(rows))
         return added
 
     def remove(self, ids: Sequence[str]) -> None:
@@ -272,7 +273,8 @@ class Store:
             numbers = [(int(record),) for record in records]
             sql = f"UPDATE items SET deleted_at = {time.time()!r} WHERE row = ?"
             change.database.executemany(sql, numbers)
-            change.database.executemany("DELETE FROM previews WHERE row = ?", numbers)
+            deleted = change.database.executemany("DELETE FROM previews WHERE row = ?", numbers)
+            manifest.count_previews(change.database, -max(deleted.rowcount, 0))
             manifest.add_removed(change.database, records)
 
     def waste(self) -> compaction.Waste:

@@ -9,7 +9,7 @@ import numpy as np
 
 from knn_diffusion.errors import StoreError
 from knn_diffusion.retrieval.database import DATABASE
-from knn_diffusion.retrieval.items import Facts, items_digest, preview_crc
+from knn_diffusion.retrieval.items import Facts, items_digest, preview_is_sound
 from knn_diffusion.retrieval.segments import Segment, Snapshot
 
 if TYPE_CHECKING:
@@ -53,11 +53,16 @@ def _problems(store: Store, snapshot: Snapshot) -> Iterator[str]:
 
 def _preview_problems(store: Store) -> Iterator[str]:
     last = -1
+    counted, total = store.live.query(
+        "SELECT (SELECT value FROM settings WHERE name = 'previews'), (SELECT count(*) FROM previews)"
+    )[0]
+    if counted is not None and int(counted) != total:
+        yield f"{DATABASE}: expected {counted} previews, found {total}"
     while found := store.live.query(
         "SELECT row, picture, crc32 FROM previews WHERE row > ? ORDER BY row LIMIT ?", (last, PREVIEWS_READ)
     ):
         for row, picture, crc in found:
-            if preview_crc(picture) != crc:
+            if not preview_is_sound(row, picture, crc):
                 yield f"the preview of row {row} is damaged"
         last = found[-1][0]
 

@@ -57,6 +57,7 @@ class CellEngine:
         if self._trained is None:
             self._trained = _train(store, snapshot, plan, progress)
             self._kept.keep_trained(self._trained)
+        self._cells = num_cells(self._trained)
         self._parts = _as_one(self._kept.load_parts())
         if not self._parts or snapshot.num_rows - self.num_rows > max(self.num_rows // 4, KEPT_ROWS):
             self._build(snapshot, progress)
@@ -70,7 +71,7 @@ class CellEngine:
 
     def looks_everywhere(self, reach: Reach) -> bool:
         """When the probes reach all cells."""
-        return reach.probes >= num_cells(self._trained)
+        return reach.probes >= self._cells
 
     def serves(self, snapshot: Snapshot) -> bool:
         """Whether the snapshot's segments begin with those that lie in cells."""
@@ -89,7 +90,8 @@ class CellEngine:
             parts, tail = self._parts, self._tail
         depth = min(max(count * reach.depth, LEAST_DEPTH), max(parts[-1].num_rows, 1))
         bits = None if allowed.everything and snapshot.num_rows >= parts[-1].num_rows else allowed.bits
-        found = [search_cells(part.index, queries, depth, reach.probes, bits) for part in parts]
+        probes = min(reach.probes, self._cells)
+        found = [search_cells(part.index, queries, depth, probes, bits) for part in parts]
         left = snapshot.num_rows - parts[-1].num_rows
         if left > 0:
             found.append(tail.candidates(queries, min(count, left), snapshot, allowed))

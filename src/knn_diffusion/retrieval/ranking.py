@@ -25,6 +25,7 @@ SPARE = 8
 """Candidates kept beyond those asked for: for near-copies, and for what float32 ranks differently than float64."""
 _QUERIES = 256  # proposed together
 _MAX_VALUES = 2**24  # of candidate vectors held at once
+_BLOCK_VALUES = 2**20  # of them ranked together, so that they stay in the processor's cache
 
 Ranked = tuple[Int64[np.ndarray, "queries count"], Float64[np.ndarray, "queries count"]]
 """Rows, best first, -1 where none is left, and their cosines, 0 there."""
@@ -70,20 +71,36 @@ class Search:
         reach: Reach,
     ) -> Ranked:
         """Look further and further until k neighbors remain for every query or everything was looked at."""
-        rows, scores = np.full((len(units), k), ABSENT, np.int64), np.zeros((len(units), k))
-        total = self.allowed.count
-        fetch, effort, pending = self._first_fetch(k, excluded), 1, np.arange(len(units))
-        while len(pending) and total:
-            fetch, farther = min(fetch, total), reach.times(effort)
-            for start in range(0, len(pending), _QUERIES):
-                some = pending[start : start + _QUERIES]
-                proposed = self.engine.candidates(units[some], fetch, self.snapshot, self.allowed, farther)
-                rows[some], scores[some] = self._best(units[some], proposed, k, fetch, [excluded[q] for q in some])
-            if fetch == total and self.engine.looks_everywhere(farther):
+        total, effort = self.allowed.count, 1
+        if not total or not len(units):
+            return np.full((len(units), k), ABSENT, np.int64), np.zeros((len(units), k))
+        fetch = min(self._first_fetch(k, excluded), total)
+        rows, scores = self._look(units, k, excluded, fetch, reach)
+        while len(pending := np.flatnonzero(rows[:, -1] < 0)):
+            if fetch == total and self.engine.looks_everywhere(reach.times(effort)):
                 break
-            pending = pending[rows[pending, -1] < 0]
-            fetch, effort = 2 * fetch, 2 * effort
+            fetch, effort = min(2 * fetch, total), 2 * effort
+            some = [excluded[query] for query in pending.tolist()]
+            rows[pending], scores[pending] = self._look(units[pending], k, some, fetch, reach.times(effort))
         return rows, scores
+
+    def _look(
+        self,
+        units: Float32[np.ndarray, "queries dim"],
+        k: int,
+        excluded: Sequence[np.ndarray],
+        fetch: int,
+        reach: Reach,
+    ) -> Ranked:
+        """The best k of so many candidates, for a bounded number of queries at a time."""
+        parts = []
+        for start in range(0, len(units), _QUERIES):
+            some = slice(start, start + _QUERIES)
+            proposed = self.engine.candidates(units[some], fetch, self.snapshot, self.allowed, reach)
+            parts.append(self._best(units[some], proposed, k, fetch, excluded[some]))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([rows for rows, _ in parts]), np.concatenate([scores for _, scores in parts])
 
     def _first_fetch(self, k: int, excluded: Sequence[np.ndarray]) -> int:
         spare = k + SPARE if self._choosy else 0
@@ -106,9 +123,12 @@ class Search:
         for query, gone in enumerate(excluded):
             if len(gone):
                 rows[query, np.isin(rows[query], gone)] = ABSENT
-        order = self._different(units, rows, k) if self._choosy else np.argsort(rows < 0, axis=1, kind="stable")[:, :k]
-        rows = np.where(order < 0, ABSENT, np.take_along_axis(rows, np.maximum(order, 0), 1))
-        scores = np.where(rows < 0, 0, np.take_along_axis(scores, np.maximum(order, 0), 1))
+        if self._choosy:
+            rows, scores = _taken(rows, scores, self._different(units, rows, k))
+        elif any(map(len, excluded)):
+            rows, scores = _taken(rows, scores, np.argsort(rows < 0, axis=1, kind="stable"))
+        rows, scores = rows[:, :k], scores[:, :k]
+        scores[rows < 0] = 0
         if rows.shape[1] < k:
             short = ((0, 0), (0, k - rows.shape[1]))
             rows, scores = np.pad(rows, short, constant_values=ABSENT), np.pad(scores, short)
@@ -119,25 +139,17 @@ class Search:
     ) -> Ranked:
         """The `fetch` candidates of the largest cosine; equal ones in the order they were added."""
         count = min(fetch, proposed.shape[1])
-        rows, scores = np.full((len(units), count), ABSENT, np.int64), np.full((len(units), count), -np.inf)
-        step = max(1, _MAX_VALUES // (proposed.shape[1] * units.shape[1]))
+        rows, scores = np.empty((len(units), count), np.int64), np.empty((len(units), count))
+        step = max(1, _BLOCK_VALUES // (proposed.shape[1] * units.shape[1]))
         for start in range(0, len(units), step):
-            stored = self._vectors(proposed[start : start + step])
-            wide = torch.from_numpy(stored).float().numpy()
-            for query, unit in enumerate(units[start : start + step]):
-                valid = np.flatnonzero(proposed[start + query] >= 0)
-                if len(valid) > count + SPARE:
-                    rough = wide[query][valid] @ unit if len(valid) < proposed.shape[1] else wide[query] @ unit
-                    valid = valid[np.argpartition(-rough, count + SPARE)[: count + SPARE]]
-                exact, named = cosines(stored[query][valid], unit), proposed[start + query][valid]
-                order = np.lexsort((named, -exact))[:count]
-                rows[start + query, : len(order)] = named[order]
-                scores[start + query, : len(order)] = exact[order]
+            some = slice(start, start + step)
+            rows[some], scores[some] = ranked(self._vectors(proposed[some]), units[some], proposed[some], count)
         return rows, scores
 
-    def _vectors(self, rows: Int[np.ndarray, "queries found"]) -> Float16[np.ndarray, "queries found dim"]:
-        """The stored vectors, those of the first row where a row is absent."""
-        return self.vectors(np.maximum(rows, 0).ravel(), self.snapshot).reshape(*rows.shape, -1)
+    def _vectors(self, rows: Int[np.ndarray, "queries found"]) -> Float32[np.ndarray, "queries found dim"]:
+        """The stored vectors, those of the first row where a row is absent; torch widens them faster than NumPy."""
+        stored = self.vectors(np.maximum(rows, 0).ravel(), self.snapshot)
+        return torch.from_numpy(stored).float().numpy().reshape(*rows.shape, -1)
 
     def _different(
         self, units: Float32[np.ndarray, "queries dim"], rows: Int[np.ndarray, "queries found"], k: int
@@ -147,7 +159,7 @@ class Search:
         step = max(1, _MAX_VALUES // (rows.shape[1] * units.shape[1]))
         for start in range(0, len(rows), step):
             some = slice(start, start + step)
-            vectors = torch.nn.functional.normalize(torch.from_numpy(self._vectors(rows[some])).float(), dim=-1)
+            vectors = torch.nn.functional.normalize(torch.from_numpy(self._vectors(rows[some])), dim=-1)
             pictures = self._pictures(rows[some])
             valid = torch.from_numpy(rows[some] >= 0)
             if self.drop_copies:
@@ -163,6 +175,16 @@ class Search:
         return torch.from_numpy(wide).view(*rows.shape, -1)
 
 
+def _taken(
+    rows: Int64[np.ndarray, "queries found"],
+    scores: Float64[np.ndarray, "queries found"],
+    places: Int[np.ndarray, "queries some"],
+) -> Ranked:
+    """What stands at these places, ABSENT at the place -1."""
+    queries = np.arange(len(rows))[:, None]
+    return np.where(places < 0, ABSENT, rows[queries, places]), scores[queries, places]
+
+
 def answer(store: Store, snapshot: Snapshot, ranked: Ranked, k: int) -> Neighbors:
     """Ids, scores and stored embeddings of what was found, and how many are missing."""
     rows, scores = ranked
@@ -175,7 +197,29 @@ def answer(store: Store, snapshot: Snapshot, ranked: Ranked, k: int) -> Neighbor
     return Neighbors(ids=ids, scores=scores.astype(np.float32), embeddings=embeddings, shortfall=shortfall)
 
 
-def cosines(stored: Float[np.ndarray, "rows dim"], unit: Float32[np.ndarray, "dim"]) -> Float64[np.ndarray, "rows"]:
-    """Cosine of each stored vector with a unit vector, in float64."""
+def ranked(
+    stored: Float32[np.ndarray, "queries found dim"],
+    units: Float32[np.ndarray, "queries dim"],
+    proposed: Int[np.ndarray, "queries found"],
+    count: int,
+) -> Ranked:
+    """The `count` of each query's proposed rows with the largest cosine; equal ones in the order of their numbers."""
+    queries = np.arange(len(units))[:, None]
+    if proposed.shape[1] > count + SPARE:
+        rough = np.matmul(stored, units[:, :, None])[:, :, 0]
+        rough[proposed < 0] = -np.inf
+        kept = np.argpartition(-rough, count + SPARE - 1, axis=1)[:, : count + SPARE]
+        stored, proposed = stored[queries, kept], proposed[queries, kept]
+    exact = cosines(stored, units)
+    exact[proposed < 0] = -np.inf
+    order = np.lexsort((proposed, -exact))[:, :count]
+    return proposed[queries, order], exact[queries, order]
+
+
+def cosines(
+    stored: Float[np.ndarray, "queries found dim"], units: Float32[np.ndarray, "queries dim"]
+) -> Float64[np.ndarray, "queries found"]:
+    """Cosines of stored vectors with the unit vector of their query, in float64, each as if it were computed alone."""
     wide = stored.astype(np.float64)
-    return wide @ unit.astype(np.float64) / np.linalg.norm(wide, axis=1)
+    products = np.einsum("qfd,qd->qf", wide, units.astype(np.float64))
+    return products / np.sqrt(np.einsum("qfd,qfd->qf", wide, wide))

@@ -11,11 +11,12 @@ import io
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float16, Float32, Int, Int64, UInt8
 
 from knn_diffusion.checkpoint import atomic_write_bytes, file_digest
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
@@ -126,17 +127,21 @@ class Snapshot:
     """Raised by every compaction: rows of another generation may be other images."""
     records: Records = field(default_factory=Records.complete)
     """Which number in the database each row has."""
+    firsts: Int64[np.ndarray, "segments"] = field(init=False, repr=False)
+    """The first row of each segment."""
+    numbers: tuple[int, ...] = field(init=False, repr=False)
+    """The numbers of the segments. They are never used twice, so what was made from the first ones still holds while a
+    later snapshot begins with them."""
+
+    def __post_init__(self) -> None:
+        firsts = np.array([segment.first_row for segment in self.segments], np.int64)
+        object.__setattr__(self, "firsts", firsts)
+        object.__setattr__(self, "numbers", tuple(segment.number for segment in self.segments))
 
     @property
     def num_rows(self) -> int:
         """Rows on the disk, removed ones included."""
         return len(self.alive)
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """The numbers of the segments. They are never used twice, so what was made from the first ones still holds
-        while a later snapshot begins with them."""
-        return tuple(segment.number for segment in self.segments)
 
     @property
     def live_rows(self) -> Int[np.ndarray, "items"]:
@@ -155,11 +160,13 @@ class Snapshot:
         self, rows: Int[np.ndarray, "rows"]
     ) -> Iterator[tuple[Int[np.ndarray, "some"], Int[np.ndarray, "some"], Segment]]:
         """Which of the rows lie in which segment: their places in `rows`, their rows inside the segment, the segment."""
-        firsts = np.array([segment.first_row for segment in self.segments], np.int64)
-        owners = firsts.searchsorted(rows, side="right") - 1
-        for owner in np.flatnonzero(np.bincount(owners)) if len(rows) else ():
-            segment, places = self.segments[owner], np.flatnonzero(owners == owner)
-            yield places, rows[places] - segment.first_row, segment
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        owners = self.firsts.searchsorted(ordered, side="right") - 1
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        for start, end in pairwise([*starts, len(rows)]):
+            segment = self.segments[owners[start]]
+            yield order[start:end], ordered[start:end] - segment.first_row, segment
 
     def runs(self) -> Iterator[Int[np.ndarray, "some"]]:
         """Live rows in pieces that make one segment each: of bounded length, all with pictures or all without."""
@@ -181,14 +188,15 @@ def unit_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -> 
             f"{what}: expected vectors of {dim} numbers, got {vectors.shape[-1]}: use the index's encoder"
         )
     wide = vectors.astype(np.float64)
-    norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
-    if len(bad):
-        found = "zero" if norms[bad[0], 0] == 0 else "not finite"
+    norms = np.sqrt(np.einsum("rw,rw->r", wide, wide))
+    usable = np.isfinite(norms) & (norms > 0)
+    if not usable.all():
+        bad = int(np.argmin(usable))
+        found = "zero" if norms[bad] == 0 else "not finite"
         raise UsageError(
-            f"{what}: expected finite vectors other than zero, row {bad[0]} is {found}: encode that input again"
+            f"{what}: expected finite vectors other than zero, row {bad} is {found}: encode that input again"
         )
-    return (wide / norms).astype(np.float32)
+    return (wide / norms[:, None]).astype(np.float32)
 
 
 def stored_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -> Float16[np.ndarray, "rows dim"]:

@@ -55,7 +55,7 @@ class Candidates:
         if not self.ids:
             return
         stored = np.stack(self.vectors)
-        scores = cosines(stored, unit)
+        scores = cosines(stored[None], unit[None])[0]
         order = np.lexsort((np.array(self.ids), np.array(self.positions), -scores))
         order = order[[self.ids[place] not in excluded for place in order]]
         vectors = torch.nn.functional.normalize(torch.from_numpy(stored[order]).float(), dim=1)[None]

@@ -63,7 +63,7 @@ def test_the_memory_it_names_is_what_faiss_writes(layout: Layout) -> None:
     vectors = unit_vectors(4000, 64)
     index = train_index(layout, vectors, 16)
     empty = len(faiss_module().serialize_index(index))
-    add_rows(index, vectors, 0)
+    add_rows(index, vectors, np.arange(len(vectors)))
     each = (len(faiss_module().serialize_index(index)) - empty) / len(vectors)
     # Fast-scan lists are padded to 32 codes, which is 6 % of lists of 250.
     assert code_bytes(layout, 64) + 8 <= each <= 1.1 * (code_bytes(layout, 64) + 8)
@@ -78,7 +78,7 @@ def test_the_codes_take_the_bytes_the_layouts_promise() -> None:
 def test_odd_widths_and_few_vectors_can_be_searched(layout: Layout, dim: int) -> None:
     vectors = unit_vectors(20, dim)
     index = train_index(layout, vectors, 4)
-    add_rows(index, vectors, 0)
+    add_rows(index, vectors, np.arange(len(vectors)))
     assert set(search_cells(index, vectors[:1], 20, 4, None)[0].tolist()) == set(range(20))
 
 
@@ -95,8 +95,8 @@ def test_many_cells_are_found_by_codes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_merging_leaves_both_as_they_are() -> None:
     vectors = unit_vectors(300, 16)
     one, other = (train_index("fast-scan", vectors, 4) for _ in range(2))
-    add_rows(one, vectors[:200], 0)
-    add_rows(other, vectors[200:], 200)
+    add_rows(one, vectors[:200], np.arange(200))
+    add_rows(other, vectors[200:], np.arange(200, 300))
     both = merged(one, other)
     assert [index.ntotal for index in (one, other, both)] == [200, 100, 300]
     everything = search_cells(both, vectors[:1], 300, 4, None)[0]

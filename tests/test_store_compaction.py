@@ -366,6 +366,10 @@ def test_rows_are_the_records_that_are_left(gone: list[int], times: int) -> None
         expected[left] = np.arange(len(left))
         np.testing.assert_array_equal(records.rows_of(np.arange(80)), expected)
         assert records.num_purged == 80 - len(left)
+        assert [records.row_from(record) for record in range(81)] == [
+            int((left < record).sum()) for record in range(81)
+        ]
+        assert np.flatnonzero(records.spread(np.arange(len(left)) % 2 == 0)).tolist() == left[::2].tolist()
         assert (records.firsts[1:] > (records.firsts + records.counts)[:-1]).all()
 
 

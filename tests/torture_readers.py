@@ -1,4 +1,4 @@
-"""Eight searchers beside one that adds, removes and compacts: prints JSON.
+"""Eight searchers beside one that adds, removes and compacts, half of them in cells: prints JSON.
 
 Groups of four images come and go as a whole, each group with a direction of its own, so that the groups there are always
 form a run: whoever sees half a group, or a run that never was, has seen a state that was none.
@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 from store_world import content, id_of
 
-from knn_diffusion.retrieval import compaction, segments
+from knn_diffusion.retrieval import cell_engine, compaction, segments
 from knn_diffusion.retrieval.dedup import OFF
 from knn_diffusion.retrieval.index import LocalRetriever
+from knn_diffusion.retrieval.plan import IndexConfig, Layout, Reach
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 
 GROUP, WINDOW, DIM = 4, 6, 16
-SEARCHERS, PROCESSES = 8, 2
+SEARCHERS, LAYOUTS = 8, ("exact", "sq8")
+"""Half of the searchers in a process for each layout."""
 
 
 def direction(group: int) -> np.ndarray:
@@ -70,9 +72,9 @@ def search(retriever: LocalRetriever, newest: int) -> tuple[int, str | None]:
     return groups[-1], None
 
 
-def searchers(folder: str, done: Event, answers: Any) -> None:
+def searchers(folder: str, layout: Layout, done: Event, answers: Any) -> None:
     """Some of the searchers, as threads of one process on one store."""
-    wrong, counts = list[str](), [0] * (SEARCHERS // PROCESSES)
+    wrong, counts = list[str](), [0] * (SEARCHERS // len(LAYOUTS))
 
     def work(number: int, retriever: LocalRetriever) -> None:
         newest = 0
@@ -86,7 +88,7 @@ def searchers(folder: str, done: Event, answers: Any) -> None:
             wrong.append(f"{type(error).__name__}: {error}")
 
     with Store.open(Path(folder)) as store:
-        retriever = LocalRetriever(store)
+        retriever = LocalRetriever(store, IndexConfig(layout=layout, cells=2, image=Reach(probes=2)))
         threads = [threading.Thread(target=work, args=(number, retriever)) for number in range(len(counts))]
         for thread in threads:
             thread.start()
@@ -103,7 +105,8 @@ def run(folder: Path, seconds: float) -> dict[str, Any]:
     store.close()
     begin = multiprocessing.get_context("fork")
     done, answers = begin.Event(), begin.Queue()
-    others = [begin.Process(target=searchers, args=(str(folder / "index"), done, answers)) for _ in range(PROCESSES)]
+    place = str(folder / "index")
+    others = [begin.Process(target=searchers, args=(place, layout, done, answers)) for layout in LAYOUTS]
     for process in others:
         process.start()
     group, compactions, begun = WINDOW, 0, time.monotonic()
@@ -135,7 +138,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    compaction.SEGMENT_ROWS = segments.SEGMENT_ROWS = 8
+    compaction.SEGMENT_ROWS = segments.SEGMENT_ROWS = cell_engine.TAIL_ROWS = 8
     json.dump(run(given.folder, given.seconds), sys.stdout)
 
 

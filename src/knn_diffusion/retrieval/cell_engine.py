@@ -3,20 +3,32 @@
 Rows lie in parts, each a faiss index of the same cells and codes: one for what was there when the index was built, and
 smaller ones for what came later. The newest rows of all are compared one by one until a thread in the background has put
 them into a part; no search waits for it, and parts are replaced, never changed.
+
+Parts know rows by their records, which a compaction leaves as they are: a search tells them which records it may find
+and learns from the snapshot in which rows they lie. What was purged is taken out when it is much, in the background too.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int
 
 from knn_diffusion.errors import KnnDiffusionError
-from knn_diffusion.retrieval.cells import add_rows, empty_like, merged, num_cells, search_cells, take_rows, train_index
+from knn_diffusion.retrieval.cells import (
+    add_rows,
+    drop_others,
+    empty_like,
+    merged,
+    num_cells,
+    search_cells,
+    take_rows,
+    train_index,
+)
 from knn_diffusion.retrieval.engines import Allowed, ExactEngine, unit_vectors
 from knn_diffusion.retrieval.kept import KeptIndex, Part, Shape
 from knn_diffusion.retrieval.plan import Plan, Reach, training_points
@@ -31,17 +43,18 @@ TAIL_ROWS = 4096
 """So many rows are compared one by one before they are put into cells."""
 KEPT_ROWS = 65_536
 """A part of later rows is worth a file of its own from so many on."""
+SWEPT_SHARE = 0.25
+"""Purged images are taken out of the cells when they are this many, for each image that is there."""
 ADD_ROWS = 16_384
 LEAST_DEPTH = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """A part in memory: rows from where the part before it ends up to `num_rows`, which end with a segment."""
+    """A part in memory: the records from where the part before it ends up to `num_records`."""
 
     index: Any
-    num_segments: int
-    num_rows: int
+    num_records: int
 
 
 class CellEngine:
@@ -52,30 +65,30 @@ class CellEngine:
         self._store, self._lock = store, threading.Lock()
         self._worker: threading.Thread | None = None
         shape = Shape(layout=plan.layout, cells=plan.cells, dim=store.encoder.dim)
-        self._kept = KeptIndex.open(store, shape, snapshot)
+        self._kept = KeptIndex.open(store, shape)
         self._trained = self._kept.load_trained()
         if self._trained is None:
             self._trained = _train(store, snapshot, plan, progress)
             self._kept.keep_trained(self._trained)
         self._cells = num_cells(self._trained)
         self._parts = _as_one(self._kept.load_parts())
-        if not self._parts or snapshot.num_rows - self.num_rows > max(self.num_rows // 4, KEPT_ROWS):
+        first = self.first_later_row(snapshot)
+        if not self._parts or snapshot.num_rows - first > max(first // 4, KEPT_ROWS):
             self._build(snapshot, progress)
-        self._segments = snapshot.numbers[: self._parts[-1].num_segments]
-        self._tail = ExactEngine(store, self.num_rows)
+        self._tail = ExactEngine(store, self.num_records)
 
     @property
-    def num_rows(self) -> int:
-        """Rows that lie in cells; later ones are compared one by one."""
-        return self._parts[-1].num_rows if self._parts else 0
+    def num_records(self) -> int:
+        """Records below this one lie in cells; later ones are compared one by one."""
+        return self._parts[-1].num_records if self._parts else 0
+
+    def first_later_row(self, snapshot: Snapshot) -> int:
+        """The first row of the snapshot that does not lie in cells."""
+        return min(snapshot.records.row_from(self.num_records), snapshot.num_rows)
 
     def looks_everywhere(self, reach: Reach) -> bool:
         """When the probes reach all cells."""
         return reach.probes >= self._cells
-
-    def serves(self, snapshot: Snapshot) -> bool:
-        """Whether the snapshot's segments begin with those that lie in cells."""
-        return snapshot.numbers[: len(self._segments)] == self._segments
 
     def candidates(
         self,
@@ -88,14 +101,17 @@ class CellEngine:
         """See Engine; the faiss indexes themselves are never changed by a request."""
         with self._lock:
             parts, tail = self._parts, self._tail
-        depth = min(max(count * reach.depth, LEAST_DEPTH), max(parts[-1].num_rows, 1))
-        bits = None if allowed.everything and snapshot.num_rows >= parts[-1].num_rows else allowed.bits
+        end, held = parts[-1].num_records, sum(part.index.ntotal for part in parts)
+        inside = min(snapshot.records.row_from(end), snapshot.num_rows)
+        depth = min(max(count * reach.depth, LEAST_DEPTH), max(held, 1))
+        bits = None if allowed.everything and snapshot.num_records >= end and held == inside else allowed.bits
         probes = min(reach.probes, self._cells)
-        found = [search_cells(part.index, queries, depth, probes, bits) for part in parts]
-        left = snapshot.num_rows - parts[-1].num_rows
+        named = [search_cells(part.index, queries, depth, probes, bits) for part in parts]
+        found = [snapshot.records.rows_of(records) for records in named]
+        left = snapshot.num_rows - inside
         if left > 0:
             found.append(tail.candidates(queries, min(count, left), snapshot, allowed))
-        if left > TAIL_ROWS:
+        if left > TAIL_ROWS or held - inside > SWEPT_SHARE * inside:
             self._catch_up(snapshot)
         return np.concatenate(found, 1) if len(found) > 1 else found[0]
 
@@ -106,56 +122,71 @@ class CellEngine:
 
     def _build(self, snapshot: Snapshot, progress: Progress | None) -> None:
         """Put all rows into cells, in parts that are kept as they come."""
-        part, done, first = empty_like(self._trained), self.num_rows, self.num_rows
-        begun = self._parts[-1].num_segments if self._parts else 0
-        for number, segment in enumerate(snapshot.segments[begun:], begun + 1):
-            done = self._add(part, snapshot, done, done + segment.num_rows, progress)
-            if done - first >= PART_ROWS and number < len(snapshot.segments):
-                self._kept.keep_part(part, snapshot, number)
-                self._parts = (*self._parts, Loaded(index=part, num_segments=number, num_rows=done))
-                part, first = empty_like(self._trained), done
-        last = Loaded(index=part, num_segments=len(snapshot.segments), num_rows=done)
-        self._kept.keep_part(part, snapshot, len(snapshot.segments))
-        self._parts = (*self._parts, last)
+        for start in range(self.first_later_row(snapshot), snapshot.num_rows, PART_ROWS):
+            part = self._part(snapshot, start, min(start + PART_ROWS, snapshot.num_rows), progress)
+            self._kept.keep_part(part.index, snapshot, part.num_records)
+            self._parts = (*self._parts, part)
         if len(self._parts) > 1:
             self._parts = _as_one([(one.index, one) for one in self._parts])
-            self._kept.keep_part(self._parts[0].index, snapshot, last.num_segments, instead_of=len(self._kept.parts))
+            self._keep_all(snapshot)
 
-    def _add(self, part: Any, snapshot: Snapshot, start: int, end: int, progress: Progress | None = None) -> int:
+    def _part(self, snapshot: Snapshot, start: int, end: int, progress: Progress | None = None) -> Loaded:
+        """A part of the rows from `start` to `end`, which may be none."""
+        part = empty_like(self._trained)
         for first in range(start, end, ADD_ROWS):
             rows = np.arange(first, min(first + ADD_ROWS, end))
-            add_rows(part, unit_vectors(self._store, rows, snapshot), first)
+            add_rows(part, unit_vectors(self._store, rows, snapshot), snapshot.records.of_rows(rows))
             if progress is not None:
                 progress("putting images into cells", int(rows[-1]) + 1, snapshot.num_rows)
-        return end
+        last = snapshot.num_records if end == snapshot.num_rows else int(snapshot.records.of_rows(np.array([end]))[0])
+        return Loaded(index=part, num_records=last)
+
+    def _keep_all(self, snapshot: Snapshot) -> None:
+        """Keep the only part there is, instead of all that is kept."""
+        (whole,) = self._parts
+        kept = len(self._kept.parts)
+        self._kept.keep_part(whole.index, snapshot, whole.num_records, instead_of=kept)
 
     def _catch_up(self, snapshot: Snapshot) -> None:
-        """Begin to put the newest rows into cells, unless that is under way."""
+        """Begin to put the newest rows into cells and to take out what was purged, unless that is under way."""
         with self._lock:
             if self._worker is not None and self._worker.is_alive():
                 return
-            self._worker = threading.Thread(target=self._absorb, args=(snapshot,), daemon=True)
+            self._worker = threading.Thread(target=self._tidy, args=(snapshot,), daemon=True)
             self._worker.start()
+
+    def _tidy(self, snapshot: Snapshot) -> None:
+        try:
+            if self.first_later_row(snapshot) < snapshot.num_rows:
+                self._absorb(snapshot)
+            if snapshot.num_records >= self.num_records:
+                self._sweep(snapshot)
+        except KnnDiffusionError:
+            return  # the next search meets the same trouble and tells its user
 
     def _absorb(self, snapshot: Snapshot) -> None:
         """A part of the rows that lie in none, merged with parts before it that are no larger, so that few are searched."""
-        try:
-            new = empty_like(self._trained)
-            self._add(new, snapshot, self.num_rows, snapshot.num_rows)
-            parts, size = list(self._parts), snapshot.num_rows - self.num_rows
-            while len(parts) > 1 and parts[-1].num_rows - parts[-2].num_rows <= size:
-                size += parts[-1].num_rows - parts[-2].num_rows
-                new = merged(parts.pop().index, new)
-        except KnnDiffusionError:
-            return  # the next search meets the same trouble and tells its user
-        added = Loaded(index=new, num_segments=len(snapshot.segments), num_rows=snapshot.num_rows)
+        added = self._part(snapshot, self.first_later_row(snapshot), snapshot.num_rows)
+        parts = list(self._parts)
+        while len(parts) > 1 and parts[-1].index.ntotal <= added.index.ntotal:
+            added = replace(added, index=merged(parts.pop().index, added.index))
         with self._lock:
-            self._parts, self._tail = (*parts, added), ExactEngine(self._store, added.num_rows)
-            self._segments = snapshot.numbers
-        if size >= KEPT_ROWS:
-            kept = self._kept.parts
-            covered = sum(1 for part in kept if part.num_rows > parts[-1].num_rows)
-            self._kept.keep_part(new, snapshot, added.num_segments, instead_of=covered)
+            self._parts, self._tail = (*parts, added), ExactEngine(self._store, added.num_records)
+        if added.index.ntotal >= KEPT_ROWS:
+            covered = sum(1 for part in self._kept.parts if part.num_records > parts[-1].num_records)
+            self._kept.keep_part(added.index, snapshot, added.num_records, instead_of=covered)
+
+    def _sweep(self, snapshot: Snapshot) -> None:
+        """One part in the place of all, without what was purged, if that is much."""
+        held, inside = sum(part.index.ntotal for part in self._parts), self.first_later_row(snapshot)
+        if held - inside <= SWEPT_SHARE * inside:
+            return
+        whole = merged(*[part.index for part in self._parts])
+        drop_others(whole, snapshot.records.spread(np.ones(snapshot.num_rows, bool)))
+        swept = Loaded(index=whole, num_records=self.num_records)
+        with self._lock:
+            self._parts = (swept,)
+        self._keep_all(snapshot)
 
 
 def _train(store: Store, snapshot: Snapshot, plan: Plan, progress: Progress | None) -> Any:
@@ -178,4 +209,4 @@ def _as_one(parts: Sequence[tuple[Any, Part | Loaded]]) -> tuple[Loaded, ...]:
     whole, last = parts[0][0], parts[-1][1]
     for index, _ in parts[1:]:
         take_rows(whole, index)
-    return (Loaded(index=whole, num_segments=last.num_segments, num_rows=last.num_rows),)
+    return (Loaded(index=whole, num_records=last.num_records),)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Bool, Float32, Int, Int64
 
 from knn_diffusion.retrieval.plan import (
     BITS_PER_CODE,
@@ -72,11 +72,11 @@ def search_cells(
     probes: int,
     allowed: bytes | None,
 ) -> Int64[np.ndarray, "queries depth"]:
-    """Numbers of the rows that are nearest by their codes, filled with -1; the index is never changed by a request.
+    """Records that are nearest by their codes, filled with -1; the index is never changed by a request.
 
     Args:
         probes: at most the number of cells.
-        allowed: one bit for each row number, 1 for those that may be found; None for all.
+        allowed: one bit for each record, 1 for those that may be found; None for all.
     """
     faiss = faiss_module()
     rotated = isinstance(index, faiss.IndexPreTransform)
@@ -98,9 +98,15 @@ _kept_parameters = lru_cache(maxsize=64)(_parameters)
 """Faiss only reads them, and making them anew takes a tenth of a search."""
 
 
-def add_rows(index: Any, vectors: Float32[np.ndarray, "rows dim"], first_row: int) -> None:
-    """Put unit vectors into their cells under the numbers from `first_row` on."""
-    index.add_with_ids(np.ascontiguousarray(vectors), np.arange(first_row, first_row + len(vectors)))
+def add_rows(index: Any, vectors: Float32[np.ndarray, "rows dim"], records: Int64[np.ndarray, "rows"]) -> None:
+    """Put unit vectors into their cells, each as its record."""
+    index.add_with_ids(np.ascontiguousarray(vectors), records)
+
+
+def drop_others(index: Any, kept: Bool[np.ndarray, "records"]) -> None:
+    """Take all records out that are not marked as kept."""
+    faiss, marked = faiss_module(), np.packbits(kept, bitorder="little")
+    index.remove_ids(faiss.IDSelectorNot(faiss.IDSelectorBitmap(marked)))
 
 
 def empty_like(index: Any) -> Any:
@@ -115,12 +121,13 @@ def take_rows(index: Any, other: Any) -> None:
     index.merge_from(other, 0)
 
 
-def merged(one: Any, other: Any) -> Any:
-    """A new index with the rows of both; both stay as they are."""
+def merged(first: Any, *others: Any) -> Any:
+    """A new index with the rows of all; they stay as they are."""
     clone = faiss_module().clone_index
-    both = clone(one)
-    take_rows(both, clone(other))
-    return both
+    whole = clone(first)
+    for other in others:
+        take_rows(whole, clone(other))
+    return whole
 
 
 def cells_of(index: Any, vectors: Float32[np.ndarray, "rows dim"], count: int) -> Int[np.ndarray, "rows count"]:

@@ -19,6 +19,7 @@ DATABASE = "store.sqlite"
 FILTER_COLUMNS = ("id", "source", "key", "added_at")
 ITEM_CHECKSUM = "crc32 INTEGER"
 PURGED = "CREATE TABLE purged (first INTEGER PRIMARY KEY, count INTEGER NOT NULL)"
+HISTORY = "CREATE TABLE IF NOT EXISTS history (age INTEGER PRIMARY KEY, digest TEXT NOT NULL)"
 SCHEMA = f"""
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE segments (number INTEGER PRIMARY KEY, first_row INTEGER NOT NULL, num_rows INTEGER NOT NULL,
@@ -30,6 +31,7 @@ CREATE UNIQUE INDEX live_contents ON items (content) WHERE deleted_at IS NULL;
 CREATE INDEX deleted_rows ON items (row) WHERE deleted_at IS NOT NULL;
 CREATE TABLE previews (row INTEGER PRIMARY KEY, picture BLOB NOT NULL, crc32 INTEGER NOT NULL);
 {PURGED};
+{HISTORY};
 """
 UPGRADE = (f"ALTER TABLE items ADD COLUMN {ITEM_CHECKSUM}", PURGED)
 """From format 1."""

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from knn_diffusion.retrieval.plan import Reach
+from knn_diffusion.retrieval.records import Records
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
@@ -20,10 +21,14 @@ BLOCK_ROWS = 65_536
 
 
 class Allowed:
-    """Which rows of a snapshot a search may find."""
+    """Which rows of a snapshot a search may find.
 
-    def __init__(self, mask: Bool[np.ndarray, "rows"]) -> None:
-        self.mask = mask
+    Args:
+        records: of the snapshot.
+    """
+
+    def __init__(self, mask: Bool[np.ndarray, "rows"], records: Records | None = None) -> None:
+        self.mask, self._records = mask, records or Records.complete()
 
     @cached_property
     def count(self) -> int:
@@ -42,8 +47,8 @@ class Allowed:
 
     @cached_property
     def bits(self) -> bytes:
-        """One bit a row, as faiss reads them; the end is padded with forbidden ones for rows that it may know already."""
-        return np.packbits(self.mask, bitorder="little").tobytes()
+        """One bit a record, as faiss reads them; for records beyond the snapshot's, which it may know already, there is none."""
+        return np.packbits(self._records.spread(self.mask), bitorder="little").tobytes()
 
 
 @runtime_checkable
@@ -68,15 +73,12 @@ class Engine(Protocol):
     def looks_everywhere(self, reach: Reach) -> bool:
         """Whether so far a reach finds every allowed row if only `count` is large enough."""
 
-    def serves(self, snapshot: Snapshot) -> bool:
-        """Whether the rows it knows are still those of the snapshot: not once the store was compacted."""
-
 
 class ExactEngine:
-    """Compares every row from `first_row` on with the query, in blocks; keeps them as float32."""
+    """Compares every row from that of `first_record` on with the query, in blocks; keeps them as float32."""
 
-    def __init__(self, store: Store, first_row: int = 0) -> None:
-        self._store, self._first = store, first_row
+    def __init__(self, store: Store, first_record: int = 0) -> None:
+        self._store, self._first_record = store, first_record
         self._matrix = np.zeros((0, store.encoder.dim), np.float32)
         self._segments: tuple[int, ...] = ()
         self._lock = threading.Lock()
@@ -84,10 +86,6 @@ class ExactEngine:
     def looks_everywhere(self, reach: Reach) -> bool:
         """Always."""
         return True
-
-    def serves(self, snapshot: Snapshot) -> bool:
-        """Whether the snapshot's segments begin with those read so far."""
-        return snapshot.numbers[: len(self._segments)] == self._segments
 
     def candidates(
         self,
@@ -98,19 +96,23 @@ class ExactEngine:
         reach: Reach | None = None,
     ) -> Int[np.ndarray, "queries found"]:
         """The `count` nearest allowed rows of each query."""
-        matrix = self._rows(snapshot)
-        places = _nearest(queries, matrix, allowed.mask[self._first : self._first + len(matrix)], count)
-        return np.where(places < 0, -1, places + self._first)
+        first = snapshot.records.row_from(self._first_record)
+        matrix = self._rows(snapshot, first)
+        places = _nearest(queries, matrix, allowed.mask[first : first + len(matrix)], count)
+        return np.where(places < 0, -1, places + first)
 
-    def _rows(self, snapshot: Snapshot) -> Float32[np.ndarray, "rows dim"]:
-        """The unit vectors of the snapshot's rows; those appended since the last search are read now."""
+    def _rows(self, snapshot: Snapshot, first: int) -> Float32[np.ndarray, "rows dim"]:
+        """The unit vectors of the snapshot's rows; those that are not known yet are read now, after a compaction all."""
         with self._lock:
-            known = self._first + len(self._matrix)
+            shared = min(len(self._segments), len(snapshot.segments))
+            if snapshot.numbers[:shared] != self._segments[:shared]:
+                self._matrix = self._matrix[:0]
+            known = first + len(self._matrix)
             if known < snapshot.num_rows:
                 new = unit_vectors(self._store, np.arange(known, snapshot.num_rows), snapshot)
                 self._matrix = np.concatenate([self._matrix, new]) if len(self._matrix) else new
                 self._segments = snapshot.numbers
-            return self._matrix[: max(0, snapshot.num_rows - self._first)]
+            return self._matrix[: max(0, snapshot.num_rows - first)]
 
 
 class FewRowsEngine:
@@ -122,10 +124,6 @@ class FewRowsEngine:
 
     def looks_everywhere(self, reach: Reach) -> bool:
         """Always."""
-        return True
-
-    def serves(self, snapshot: Snapshot) -> bool:
-        """For the one search it was made for."""
         return True
 
     def candidates(

@@ -136,7 +136,7 @@ class LocalRetriever:
     def _search(self, snapshot: Snapshot, where: str | None, rule: DedupConfig, drop_copies: bool) -> Search:
         engine, allowed = self._ready(snapshot), self._live(snapshot)
         if where is not None:
-            allowed = Allowed(self.store.matching(where, snapshot))
+            allowed = Allowed(self.store.matching(where, snapshot), snapshot.records)
             if allowed.count <= FEW_ROWS and not isinstance(engine, ExactEngine):
                 engine = FewRowsEngine(self.store, snapshot, allowed)
         return Search(self.store, self._vectors, engine, snapshot, allowed, rule, drop_copies)
@@ -145,19 +145,15 @@ class LocalRetriever:
         """The rows of the snapshot that are not removed, counted once for all searches of it."""
         alive = self._alive
         if alive.mask is not snapshot.alive:
-            self._alive = alive = Allowed(snapshot.alive)
+            self._alive = alive = Allowed(snapshot.alive, snapshot.records)
         return alive
 
     def _ready(self, snapshot: Snapshot, progress: Progress | None = None) -> Engine:
-        """The engine for this many images, built or built anew when the size or a compaction asks for it."""
+        """The engine for this many images, built anew when their number asks for another one."""
         with self._lock:
             engine, count = self._engine, self._live(snapshot).count
             exact = count <= self.settings.exact_below if self.settings.layout == "auto" else None
-            if (
-                engine is None
-                or not engine.serves(snapshot)
-                or (exact is not None and exact != isinstance(engine, ExactEngine))
-            ):
+            if engine is None or (exact is not None and exact != isinstance(engine, ExactEngine)):
                 self._engine = engine = self._made(snapshot, progress)
             return engine
 

@@ -1,11 +1,12 @@
 """Indexes over cells on the disk, beside the store they were made from: in parts, each with its digest.
 
-    cache/search.json            layout, cells, and for each part the rows it covers and the digest of the segments below
+    cache/search.json            layout, cells, and for each part the records it covers and the store's history then
     cache/search-<digest>.faiss  the trained index without rows, and the parts
 
-A part covers whole segments from where the one before it ends. So building goes on after an interruption with the first
-part that is missing, and what was added since needs only parts of its own. Anything stale or damaged is made again. The
-digests are verified before faiss reads a file: of damaged files it loads a third and answers differently.
+A part covers the records from where the one before it ends; records stay when a compaction numbers rows anew, and so do
+parts. Building goes on after an interruption with the first part that is missing, and what was added since needs only
+parts of its own. Anything stale, which the store's history tells, or damaged is made again. The digests are verified
+before faiss reads a file: of damaged files it loads a third and answers differently.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from knn_diffusion.checkpoint import atomic_path, file_digest, write_json
-from knn_diffusion.errors import KnnDiffusionError
+from knn_diffusion.errors import KnnDiffusionError, StoreError
 from knn_diffusion.retrieval.cells import faiss_module
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FACTS = "search.json"
 
 
@@ -38,41 +39,52 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One file of rows: its digest, the segments and rows that end with it, and the digest of all those segments."""
+    """One file of rows: its digest, where its records end, and the store's age and history when it was made."""
 
     sha256: str
-    num_segments: int
-    num_rows: int
-    store: str
+    num_records: int
+    age: int
+    history: str
 
 
 @dataclass(kw_only=True, slots=True)
 class KeptIndex:
-    """The files of one store's cache folder, None for a store in memory; nothing is written unless it is `writable`."""
+    """The files of one store's cache folder; a store in memory has none, and one that is read-only gets no more."""
 
-    folder: Path | None
-    writable: bool
+    store: Store
     shape: Shape
     trained: str | None = None
     parts: tuple[Part, ...] = ()
 
     @classmethod
-    def open(cls, store: Store, shape: Shape, snapshot: Snapshot) -> KeptIndex:
-        """What is kept beside the store of this shape and of these rows; empty when nothing is."""
-        folder = store.folder / "cache" if store.folder is not None else None
-        kept = cls(folder=folder, writable=folder is not None and not store.read_only, shape=shape)
-        facts = read_facts(folder) if folder is not None else None
+    def open(cls, store: Store, shape: Shape) -> KeptIndex:
+        """What is kept beside the store of this shape and with its history; empty when nothing is."""
+        kept = cls(store=store, shape=shape)
+        if kept.writable and store.history(store.snapshot().age) is None:
+            with suppress(StoreError):  # another process writes, and begins it
+                store.begin_history()
+        facts = read_facts(kept.folder) if kept.folder is not None else None
         if facts is None or facts["shape"] != asdict(shape):
             return kept
         kept.trained = facts["trained"]
         known: list[Part] = []
         for values in facts["parts"]:
             part = Part(**values)
-            if part.num_segments > len(snapshot.segments) or part.store != snapshot.digest(part.num_segments):
+            if store.history(part.age) != part.history:
                 break
             known.append(part)
         kept.parts = tuple(known)
         return kept
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files are, None for a store in memory."""
+        return self.store.folder / "cache" if self.store.folder is not None else None
+
+    @property
+    def writable(self) -> bool:
+        """Whether files can be written."""
+        return self.store.folder is not None and not self.store.read_only
 
     def load_trained(self) -> Any | None:
         """The trained index without rows, None when it is not there or damaged."""
@@ -93,13 +105,13 @@ class KeptIndex:
         self.trained, self.parts = self._save(index), ()
         self._write_facts()
 
-    def keep_part(self, index: Any, snapshot: Snapshot, num_segments: int, *, instead_of: int = 0) -> None:
-        """Keep the rows up to the end of a segment, `instead_of` so many of the last parts."""
-        rows = sum(segment.num_rows for segment in snapshot.segments[:num_segments])
-        digest = self._save(index)
-        if digest is None or self.trained is None:
+    def keep_part(self, index: Any, snapshot: Snapshot, num_records: int, *, instead_of: int = 0) -> None:
+        """Keep the snapshot's rows up to a record, `instead_of` so many of the last parts."""
+        history = self.store.history(snapshot.age)
+        digest = self._save(index) if history is not None else None
+        if history is None or digest is None or self.trained is None:
             return
-        part = Part(sha256=digest, num_segments=num_segments, num_rows=rows, store=snapshot.digest(num_segments))
+        part = Part(sha256=digest, num_records=num_records, age=snapshot.age, history=history)
         self.parts = (*self.parts[: len(self.parts) - instead_of], part)
         self._write_facts()
 

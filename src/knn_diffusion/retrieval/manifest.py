@@ -2,6 +2,9 @@
 
 SQLite notices a page that makes no sense, but not one bit that flipped inside a number or a text. So the last step of
 every transaction is a digest over these tables. It covers the removed images by a sum that a removal adds to.
+
+Beside them stands the history: a chain of digests with a link for every append and every compaction. What was made from
+the images at one age still holds while the store's history has that link, whatever was added and purged since.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from knn_diffusion.errors import StoreError
-from knn_diffusion.retrieval.database import DATABASE, UPGRADE
+from knn_diffusion.retrieval.database import DATABASE, HISTORY, UPGRADE
 from knn_diffusion.retrieval.records import Records
 
 FORMAT_VERSION = 2
@@ -81,6 +84,7 @@ def read_manifest(database: sqlite3.Connection, name: str, generation: int, reco
 
 def sign(database: sqlite3.Connection) -> None:
     """The last step of a transaction."""
+    _remember(database)
     put(database, "signature", _signature(*_signed(database)))
 
 
@@ -118,14 +122,15 @@ def purge(database: sqlite3.Connection, records: Records, generation: int) -> No
 
 
 def upgrade(database: sqlite3.Connection) -> None:
-    """Bring a store of format 1 to this one, inside a transaction; its items stay without checksums of their own."""
-    if get(database, "format_version") != "1":
-        return
-    for statement in UPGRADE:
-        database.execute(statement)
-    put(database, "format_version", FORMAT_VERSION)
-    found = database.execute("SELECT row FROM items WHERE deleted_at IS NOT NULL").fetchall()
-    add_removed(database, np.array([row for (row,) in found], np.int64))
+    """Bring an older store to this format, inside a transaction; items of format 1 stay without checksums of their own."""
+    if get(database, "format_version") == "1":
+        for statement in UPGRADE:
+            database.execute(statement)
+        put(database, "format_version", FORMAT_VERSION)
+        found = database.execute("SELECT row FROM items WHERE deleted_at IS NOT NULL").fetchall()
+        add_removed(database, np.array([row for (row,) in found], np.int64))
+    database.execute(HISTORY)
+    _remember(database)
 
 
 def checksum(records: Int[np.ndarray, "records"]) -> int:
@@ -134,6 +139,17 @@ def checksum(records: Int[np.ndarray, "records"]) -> int:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return int((bits ^ (bits >> np.uint64(31))).sum(dtype=np.uint64))
+
+
+def _remember(database: sqlite3.Connection) -> None:
+    """Add a link to the history if images were added or purged since the last one."""
+    sql = "SELECT (SELECT ifnull(sum(num_rows), 0) FROM segments) + (SELECT ifnull(sum(count), 0) FROM purged)"
+    age = int(database.execute(sql).fetchone()[0]) + int(get(database, "generation") or 0)
+    last = database.execute("SELECT age, digest FROM history ORDER BY age DESC LIMIT 1").fetchone() or (-1, "")
+    if last[0] != age:
+        held = [digest for (digest,) in database.execute("SELECT embeddings_sha256 FROM segments ORDER BY first_row")]
+        told = " ".join([last[1], get(database, "purged") or "", *held])
+        database.execute("INSERT INTO history VALUES (?, ?)", (age, hashlib.sha256(told.encode()).hexdigest()))
 
 
 def _verify(settings: dict[str, str], segments: list[Any], removed: Int64[np.ndarray, "removed"], name: str) -> None:

@@ -35,18 +35,22 @@ Vectors = Callable[[np.ndarray, Snapshot], np.ndarray]
 
 
 class RowsInMemory:
-    """The stored vectors in one array; those of rows added later are read from the store."""
+    """The stored vectors in one array; those of rows added later are read from the store.
+
+    A compaction numbers rows anew and leaves the array as it is: what lies where follows from the records.
+    """
 
     def __init__(self, store: Store, snapshot: Snapshot) -> None:
-        self._store = store
+        self._store, self._records = store, snapshot.records
         self._known = store.embeddings(np.arange(snapshot.num_rows), snapshot)
 
     def __call__(self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot) -> Float16[np.ndarray, "rows dim"]:
         """The stored vectors of these rows."""
-        later = rows >= len(self._known)
+        places = self._records.rows_of(snapshot.records.of_rows(rows))
+        later = (places < 0) | (places >= len(self._known))
         if not later.any():
-            return self._known.take(rows, axis=0)
-        out = self._known.take(np.where(later, 0, rows), axis=0)
+            return self._known.take(places, axis=0)
+        out = self._known.take(np.where(later, 0, places), axis=0)
         out[later] = self._store.embeddings(rows[later], snapshot)
         return out
 

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Bool, Int, Int64
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -32,16 +32,30 @@ class Records:
 
     def of_rows(self, rows: Int[np.ndarray, "rows"]) -> Int64[np.ndarray, "rows"]:
         """The record of each row."""
+        if not len(self.firsts):
+            return rows.astype(np.int64)
         before = self._gone_before()
         runs = np.searchsorted(self.firsts - before[:-1], rows, side="right")
         return rows.astype(np.int64) + before[runs]
 
-    def rows_of(self, records: Int[np.ndarray, "records"]) -> Int64[np.ndarray, "records"]:
+    def rows_of(self, records: Int[np.ndarray, "*records"]) -> Int64[np.ndarray, "*records"]:
         """The row of each record, -1 for one that was purged."""
+        if not len(self.firsts):
+            return records.astype(np.int64)
         runs = np.searchsorted(self.firsts, records, side="right")
         rows = records.astype(np.int64) - self._gone_before()[runs]
         ends = np.concatenate([np.zeros(1, np.int64), self.firsts + self.counts])[runs]
         return np.where(records < ends, -1, rows)
+
+    def row_from(self, record: int) -> int:
+        """The first row whose record is this or a later one."""
+        return record - int(np.clip(record - self.firsts, 0, self.counts).sum())
+
+    def spread(self, mask: Bool[np.ndarray, "rows"]) -> Bool[np.ndarray, "records"]:
+        """A mask of rows as one of records, False for those that were purged."""
+        if not len(self.firsts):
+            return mask
+        return np.insert(mask, np.repeat(self.firsts - self._gone_before()[:-1], self.counts), False)
 
     def without(self, records: Int64[np.ndarray, "records"]) -> Records:
         """What is left when these are purged too. They are given in ascending order, none is gone already."""

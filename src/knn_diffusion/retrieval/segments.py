@@ -144,6 +144,16 @@ class Snapshot:
         return len(self.alive)
 
     @property
+    def num_records(self) -> int:
+        """Records given so far, purged ones included; the next image gets this one."""
+        return self.num_rows + self.records.num_purged
+
+    @property
+    def age(self) -> int:
+        """Grows with every append and every compaction; what the store's history is kept by."""
+        return self.num_records + self.generation
+
+    @property
     def live_rows(self) -> Int[np.ndarray, "items"]:
         """The rows that are not removed, in the order they were added."""
         return np.flatnonzero(self.alive)

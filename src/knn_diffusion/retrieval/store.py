@@ -136,6 +136,17 @@ class Store:
         found = self.live.query("SELECT value FROM settings WHERE name = ?", (name,))
         return found[0][0] if found else None
 
+    def history(self, age: int) -> str | None:
+        """A digest of all that had been added and purged when the store had this age (Snapshot.age).
+
+        What was made from the rows at that age still holds for their records. None when the store never was at that age, or
+        is of an earlier version and was not written to since.
+        """
+        if not self.live.query("SELECT name FROM sqlite_master WHERE name = 'history'"):
+            return None
+        found = self.live.query("SELECT digest FROM history WHERE age = ?", (age,))
+        return found[0][0] if found else None
+
     def rows_of(self, ids: Sequence[str], snapshot: Snapshot | None = None) -> Int[np.ndarray, "ids"]:
         """The row of each image that is not removed, -1 for ids the store does not hold.
 
@@ -247,7 +258,7 @@ class Store:
             times = [now if added_at is None else added_at[place] for place in chosen.tolist()]
             facts = [item.facts(moment) for item, moment in zip(named, times, strict=True)]
             pictures = None if thumbnails is None else np.ascontiguousarray(thumbnails[chosen])
-            record = before.num_rows + before.records.num_purged
+            record = before.num_records
             change.append(facts, vectors[chosen], pictures, before.num_rows, record)
             shown = [previews[place] for place in chosen.tolist()] if previews is not None else []
             numbered = [(number, picture) for number, picture in enumerate(shown, record) if picture]
@@ -292,6 +303,11 @@ class Store:
         if self.read_only:
             raise StoreError(f"{self.name} is read-only: save a copy, which leaves out what is removed")
         return compaction.compact(self, progress)
+
+    def begin_history(self) -> None:
+        """Give a store of an earlier version its history, as every change does."""
+        with self.live.transaction():
+            pass
 
     def set_setting(self, name: str, value: str) -> None:
         """Keep a text with the store."""

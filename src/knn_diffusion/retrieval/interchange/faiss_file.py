@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from knn_diffusion.checkpoint import write_json
 from knn_diffusion.errors import KnnDiffusionError
 from knn_diffusion.retrieval.cell_engine import CellEngine
-from knn_diffusion.retrieval.cells import add_rows, faiss_module, take_rows
+from knn_diffusion.retrieval.cells import add_rows, drop_others, faiss_module, take_rows
 from knn_diffusion.retrieval.engines import unit_vectors
 from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.plan import BITS_PER_CODE, IndexConfig, Plan, num_codes, plan_for
@@ -76,21 +76,19 @@ def _cells_of_all(store: Store, snapshot: Snapshot, plan: Plan, progress: Progre
     index = engine._parts[0].index
     for part in engine._parts[1:]:
         take_rows(index, part.index)
-    for first in range(engine.num_rows, snapshot.num_rows, ADD_ROWS):
+    for first in range(engine.first_later_row(snapshot), snapshot.num_rows, ADD_ROWS):
         rows = np.arange(first, min(first + ADD_ROWS, snapshot.num_rows))
-        add_rows(index, unit_vectors(store, rows, snapshot), first)
-    alive = np.zeros(index.ntotal, bool)  # rows that another process appended meanwhile count as removed
-    alive[: snapshot.num_rows] = snapshot.alive
-    if not alive.all():
+        add_rows(index, unit_vectors(store, rows, snapshot), snapshot.records.of_rows(rows))
+    alive = snapshot.records.spread(snapshot.alive)
+    if not alive.all() or index.ntotal > len(alive):
         _renumber(index, alive)
     return index
 
 
-def _renumber(index: Any, alive: Bool[np.ndarray, "rows"]) -> None:
-    """Take the removed rows out and close the gaps in the numbers of the others; faiss alone would keep the gaps."""
-    faiss = faiss_module()
-    index.remove_ids(faiss.IDSelectorBitmap(np.packbits(~alive, bitorder="little")))
-    places = np.cumsum(alive) - 1
+def _renumber(index: Any, alive: Bool[np.ndarray, "records"]) -> None:
+    """Take out what was removed, and what another process appended meanwhile, and close the gaps in the numbers."""
+    drop_others(index, alive)
+    faiss, places = faiss_module(), np.cumsum(alive) - 1
     lists = faiss.extract_index_ivf(index).invlists
     for cell in range(lists.nlist):
         if size := lists.list_size(cell):

@@ -26,6 +26,7 @@ from knn_diffusion.cli.terminal import answer
 from knn_diffusion.doctor import within
 from knn_diffusion.errors import UsageError
 from knn_diffusion.images import open_image, read_settings, square
+from knn_diffusion.retrieval.drift import Drift
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +237,19 @@ def test_index_verbs_build_add_remove_and_tell(run: Any, index: Path, tmp_path: 
     assert run("index", "remove", index, found[0]["id"], "--json").json["removed"] == 1
     assert run("index", "info", index, "--json").json["count"] == 12
     assert run("index", "check", index).code == 0
+
+
+def test_adding_says_when_the_cells_are_worth_training_again(
+    run: Any, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"count": 1000, "later": 100, "cells": 64, "new_cells": 64, "earlier_distance": 0.2}
+    Image.new("RGB", (20, 20), (250, 0, 250)).save(tmp_path / "pink.png")
+    for far, advised in ((0.21, False), (0.42, True)):
+        monkeypatch.setattr(ImageIndex, "drift", lambda _, far=far: Drift(later_distance=far, **facts))
+        added = run("index", "add", index, tmp_path / "pink.png", "--json")
+        assert added.code == 0
+        assert ("they lie 2.1 times as far" in added.err) == advised
+        assert (f"knn-diffusion index tune {index} --retrain" in added.err) == advised
 
 
 def test_index_search_finds_by_text(run: Any, index: Path) -> None:

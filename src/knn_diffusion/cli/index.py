@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knn_diffusion.cli.terminal import JsonOption, answer, progress, say
-from knn_diffusion.errors import ImageError, StoreError, UsageError
+from knn_diffusion.errors import ImageError, KnnDiffusionError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from knn_diffusion.image_index import AddReport, ImageIndex
@@ -67,6 +68,9 @@ def add(index: IndexArgument, images: ImagesArgument, *, as_json: JsonOption = F
             "mend or replace them"
         )
     _tell(report, opened, Path(index), as_json)
+    with suppress(KnnDiffusionError):  # only advice; what is wrong, a search says
+        if (drift := opened.drift()) is not None and drift.worth_training:
+            say(f"{drift}: knn-diffusion index tune {index} --retrain")
 
 
 @app.command()

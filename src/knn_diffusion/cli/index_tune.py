@@ -29,6 +29,9 @@ def tune(
     target: Annotated[float, typer.Option("--recall", help="Share of the nearest images to find.")] = 0.95,
     k: KOption = 10,
     sample: SampleOption = 500,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="First train the cells anew, on the images there are now.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find how far queries must look for a given recall, and keep that with the index.
@@ -41,7 +44,9 @@ def tune(
 
     queries = read_texts(texts) if texts is not None else []
     with progress() as show:
-        found = tuned(ImageIndex.open(index), queries, target=target, k=k, sample=sample, progress=show)
+        found = tuned(
+            ImageIndex.open(index), queries, target=target, k=k, sample=sample, retrain=retrain, progress=show
+        )
     answer({"tuned": [asdict(one) for one in found]}, as_json, lambda: _lines(found, target))
 
 
@@ -57,7 +62,7 @@ def report(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what an index finds at what cost, for its own images and for texts; changes nothing.
+    """Measure what an index finds at what cost, for images, texts and what came after growth; changes nothing.
 
     Example: knn-diffusion index report my-index --texts queries.txt --plot recall.png
     """

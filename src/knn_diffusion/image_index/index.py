@@ -32,6 +32,7 @@ from knn_diffusion.models.encoders import JointEncoder, load_encoder
 from knn_diffusion.retrieval.compaction import Waste
 from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig, calibrate, default_rule
+from knn_diffusion.retrieval.drift import Drift, drift
 from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.interchange import (
     ExportReport,
@@ -257,6 +258,25 @@ class ImageIndex:
         """What share of the images on the disk is removed, and what `compact` would free."""
         return self._store.waste()
 
+    def retrain(self, *, progress: Progress | None = None) -> Plan:
+        """Train the cells and codes of a large index anew, on the images there are now; `drift` says when it is worth it.
+
+        Searches go on in the old ones, in every process, until the new ones are complete; then all of them change over. What
+        was interrupted goes on with the next call.
+
+        Raises: UsageError where every image is compared; StoreError when the index is read-only; KnnDiffusionError when the
+            disk is full, and then it is searched as before.
+        """
+        self._require_writable()
+        return self._retriever.retrain(progress)
+
+    def drift(self) -> Drift | None:
+        """How well cells and codes fit the images that came after their training; without a search, in about a second.
+
+        None where every image is compared, and where no later images are.
+        """
+        return drift(self._retriever)
+
     def set_rule(self, rule: DedupConfig) -> None:
         """Keep with the index when two of its images count as the same picture."""
         self._store.set_setting("dedup", json.dumps(to_dict(rule)))
@@ -267,10 +287,7 @@ class ImageIndex:
 
         Raises: StoreError when the index is read-only.
         """
-        if self.read_only:
-            raise StoreError(
-                f"expected an index that can be changed, {self._store.name} is read-only: save a copy of it"
-            )
+        self._require_writable()
         reaches = {"image": to_dict(settings.image), "text": to_dict(settings.text)}
         self._store.set_setting("reach", json.dumps(reaches))
         self._retriever.settings = settings
@@ -478,6 +495,12 @@ class ImageIndex:
             )
 
     # Inside
+
+    def _require_writable(self) -> None:
+        if self.read_only:
+            raise StoreError(
+                f"expected an index that can be changed, {self._store.name} is read-only: save a copy of it"
+            )
 
     def _rows(self, ids: Sequence[str], snapshot: Snapshot) -> Int[np.ndarray, "ids"]:
         rows = self._store.rows_of(ids, snapshot)

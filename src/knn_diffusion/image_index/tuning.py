@@ -1,4 +1,4 @@
-"""Tune an image index to its own images and to given texts, and report what it finds at what cost."""
+"""Tune an image index to its own images and to given texts, and report what it finds, at what cost, and after growth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from knn_diffusion.checkpoint import atomic_path
 from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index.index import ImageIndex
 from knn_diffusion.retrieval import tuning
+from knn_diffusion.retrieval.drift import Drift, drift
 from knn_diffusion.retrieval.plan import Modality, Reach
 from knn_diffusion.retrieval.tuning import Gap, Measured, Queries
 
@@ -29,6 +30,29 @@ class Tuned:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Growth:
+    """What images cost that came after cells and codes were trained.
+
+    recall      of images as queries at the reach in use, of those that were there and of later ones
+    imbalance   times as many images that a query meets in its cells as if all cells were equally full
+    """
+
+    drift: Drift
+    earlier_recall: float
+    later_recall: float
+    imbalance: float
+    worth_training: bool
+
+    def __str__(self) -> str:
+        """In two lines."""
+        advice = " Train again: index tune INDEX --retrain." if self.worth_training else " They still fit."
+        return (
+            f"Growth: {self.drift}.\nRecall {self.earlier_recall:.3f} for images of before, {self.later_recall:.3f} for "
+            f"later ones; cells {self.imbalance:.1f} times as full as if all were equally full.{advice}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class IndexReport:
     """Recall against time for each modality, the gap between them, and how many neighbors are worth asking for."""
 
@@ -40,6 +64,8 @@ class IndexReport:
     in_use: dict[Modality, Reach]
     advised_k: dict[Modality, int]
     gap: Gap | None
+    growth: Growth | None
+    """None where every image is compared, and where none came after the training."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -64,6 +90,8 @@ class IndexReport:
                 f"{gap.text_image:.3f} between a text and an image; with the nearest image {gap.image_nearest:.3f} from "
                 f"an image, {gap.text_nearest:.3f} from a text."
             )
+        if self.growth is not None:
+            lines += ["", str(self.growth)]
         return "\n".join(lines).rstrip() + "\n"
 
     def _used(self, modality: Modality) -> str:
@@ -101,11 +129,13 @@ def tune(
     k: int = 10,
     sample: int = SAMPLE,
     save: bool = True,
+    retrain: bool = False,
     progress: tuning.Progress | None = None,
 ) -> list[Tuned]:
     """Find the least reach with a recall of at least `target`, for images and, if any are given, for texts.
 
     Args:
+        retrain: first train cells and codes on the images there are now (ImageIndex.retrain).
         texts: what users will ask for, a few hundred; not captions of images in the index.
         sample: images of the index to measure on.
         save: keep the reaches with the index, for all later searches.
@@ -118,6 +148,8 @@ def tune(
             f"expected an index that searches in cells, one of {len(index):,} images compares them all and misses none: "
             "there is nothing to tune"
         )
+    if retrain:
+        index.retrain(progress=progress)
     found = []
     for queries in _queries(index, texts, k, sample):
         chosen, tried = tuning.calibrate(index.retriever, queries, target, progress)
@@ -154,6 +186,7 @@ def report(
         in_use={one.modality: settings.reach(one.modality) for one in asked},
         advised_k={one.modality: tuning.advised_k(one, unrelated[one.modality]) for one in asked},
         gap=gap,
+        growth=_growth(index, k, sample),
     )
 
 
@@ -166,6 +199,23 @@ def read_texts(path: Path) -> list[str]:
     if not (found := [line.strip() for line in lines if line.strip()]):
         raise UsageError(f"expected a text file, one query a line, {path} is empty: write queries into it")
     return found
+
+
+def _growth(index: ImageIndex, k: int, sample: int) -> Growth | None:
+    retriever = index.retriever
+    found, trained = drift(retriever), retriever.trained()
+    if found is None or trained is None:
+        return None
+    ends = 0, trained[1], retriever.store.snapshot().num_records
+    asked = [tuning.image_queries(retriever.store, sample, k, records=range(*some)) for some in (ends[:2], ends[1:])]
+    earlier, later = (tuning.measure(retriever, queries, retriever.settings.image).recall for queries in asked)
+    return Growth(
+        drift=found,
+        earlier_recall=earlier,
+        later_recall=later,
+        imbalance=retriever.imbalance(),
+        worth_training=found.worth_training,
+    )
 
 
 def _queries(index: ImageIndex, texts: Sequence[str], k: int, sample: int) -> list[Queries]:

@@ -23,6 +23,7 @@ from knn_diffusion.retrieval.cells import (
     add_rows,
     drop_others,
     empty_like,
+    list_sizes,
     merged,
     num_cells,
     search_cells,
@@ -30,7 +31,7 @@ from knn_diffusion.retrieval.cells import (
     train_index,
 )
 from knn_diffusion.retrieval.engines import Allowed, ExactEngine, unit_vectors
-from knn_diffusion.retrieval.kept import KeptIndex, Part, Shape
+from knn_diffusion.retrieval.kept import FACTS, RETRAINING, KeptIndex, Part, Shape
 from knn_diffusion.retrieval.plan import Plan, Reach, training_points
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
@@ -58,24 +59,44 @@ class Loaded:
 
 
 class CellEngine:
-    """Cells and codes over a store's rows; what is kept in the store's `cache/` folder is used again."""
+    """Cells and codes over a store's rows; what is kept in the store's `cache/` folder is used again.
 
-    def __init__(self, store: Store, plan: Plan, *, progress: Progress | None = None) -> None:
+    Args:
+        anew: train cells and codes on the images there are now, and put them in the place of those in `cache/` when all
+            images lie in them. One that was interrupted goes on.
+
+    Raises: KnnDiffusionError when those could not be kept.
+    """
+
+    def __init__(self, store: Store, plan: Plan, *, anew: bool = False, progress: Progress | None = None) -> None:
         snapshot = store.snapshot()
         self._store, self._lock = store, threading.Lock()
         self._worker: threading.Thread | None = None
-        shape = Shape(layout=plan.layout, cells=plan.cells, dim=store.encoder.dim)
-        self._kept = KeptIndex.open(store, shape)
+        self._kept = KeptIndex.open(store, shape_of(store, plan), RETRAINING if anew else FACTS)
         self._trained = self._kept.load_trained()
         if self._trained is None:
             self._trained = _train(store, snapshot, plan, progress)
-            self._kept.keep_trained(self._trained)
-        self._cells = num_cells(self._trained)
+            self._kept.keep_trained(self._trained, snapshot)
+        self.cells = num_cells(self._trained)
         self._parts = _as_one(self._kept.load_parts())
         first = self.first_later_row(snapshot)
-        if not self._parts or snapshot.num_rows - first > max(first // 4, KEPT_ROWS):
+        if not self._parts or snapshot.num_rows - first > (0 if anew else max(first // 4, KEPT_ROWS)):
             self._build(snapshot, progress)
+        if anew:
+            self._kept.publish(self.num_records)
         self._tail = ExactEngine(store, self.num_records)
+
+    @property
+    def trained(self) -> tuple[Any, int]:
+        """Cells and codes without images, and the first record that was not there when they were trained."""
+        return self._trained, self._kept.trained_records
+
+    def imbalance(self) -> float:
+        """Times as many images that a query meets in its cells as if all were equally full."""
+        with self._lock:
+            parts = self._parts
+        sizes = np.sum([list_sizes(part.index) for part in parts], 0).astype(np.float64)
+        return float(len(sizes) * np.square(sizes).sum() / max(sizes.sum(), 1) ** 2)
 
     @property
     def num_records(self) -> int:
@@ -88,7 +109,11 @@ class CellEngine:
 
     def looks_everywhere(self, reach: Reach) -> bool:
         """When the probes reach all cells."""
-        return reach.probes >= self._cells
+        return reach.probes >= self.cells
+
+    def superseded(self, plan: Callable[[], Plan]) -> bool:
+        """Whether another process has put new cells, of this plan, in the place of these; told once."""
+        return self._kept.changed() and self._kept.superseded(shape_of(self._store, plan()))
 
     def candidates(
         self,
@@ -105,7 +130,7 @@ class CellEngine:
         inside = min(snapshot.records.row_from(end), snapshot.num_rows)
         depth = min(max(count * reach.depth, LEAST_DEPTH), max(held, 1))
         bits = None if allowed.everything and snapshot.num_records >= end and held == inside else allowed.bits
-        probes = min(reach.probes, self._cells)
+        probes = min(reach.probes, self.cells)
         named = [search_cells(part.index, queries, depth, probes, bits) for part in parts]
         found = [snapshot.records.rows_of(records) for records in named]
         left = snapshot.num_rows - inside
@@ -124,11 +149,11 @@ class CellEngine:
         """Put all rows into cells, in parts that are kept as they come."""
         for start in range(self.first_later_row(snapshot), snapshot.num_rows, PART_ROWS):
             part = self._part(snapshot, start, min(start + PART_ROWS, snapshot.num_rows), progress)
-            self._kept.keep_part(part.index, snapshot, part.num_records)
+            self._kept.keep_part(part.index, snapshot, range(self.num_records, part.num_records))
             self._parts = (*self._parts, part)
         if len(self._parts) > 1:
             self._parts = _as_one([(one.index, one) for one in self._parts])
-            self._keep_all(snapshot)
+            self._kept.keep_part(self._parts[0].index, snapshot, range(self.num_records))
 
     def _part(self, snapshot: Snapshot, start: int, end: int, progress: Progress | None = None) -> Loaded:
         """A part of the rows from `start` to `end`, which may be none."""
@@ -140,12 +165,6 @@ class CellEngine:
                 progress("putting images into cells", int(rows[-1]) + 1, snapshot.num_rows)
         last = snapshot.num_records if end == snapshot.num_rows else int(snapshot.records.of_rows(np.array([end]))[0])
         return Loaded(index=part, num_records=last)
-
-    def _keep_all(self, snapshot: Snapshot) -> None:
-        """Keep the only part there is, instead of all that is kept."""
-        (whole,) = self._parts
-        kept = len(self._kept.parts)
-        self._kept.keep_part(whole.index, snapshot, whole.num_records, instead_of=kept)
 
     def _catch_up(self, snapshot: Snapshot) -> None:
         """Begin to put the newest rows into cells and to take out what was purged, unless that is under way."""
@@ -173,8 +192,7 @@ class CellEngine:
         with self._lock:
             self._parts, self._tail = (*parts, added), ExactEngine(self._store, added.num_records)
         if added.index.ntotal >= KEPT_ROWS:
-            covered = sum(1 for part in self._kept.parts if part.num_records > parts[-1].num_records)
-            self._kept.keep_part(added.index, snapshot, added.num_records, instead_of=covered)
+            self._kept.keep_part(added.index, snapshot, range(parts[-1].num_records, added.num_records))
 
     def _sweep(self, snapshot: Snapshot) -> None:
         """One part in the place of all, without what was purged, if that is much."""
@@ -186,7 +204,12 @@ class CellEngine:
         swept = Loaded(index=whole, num_records=self.num_records)
         with self._lock:
             self._parts = (swept,)
-        self._keep_all(snapshot)
+        self._kept.keep_part(whole, snapshot, range(swept.num_records))
+
+
+def shape_of(store: Store, plan: Plan) -> Shape:
+    """What an index of this plan is, whatever rows it holds."""
+    return Shape(layout=plan.layout, cells=plan.cells, dim=store.encoder.dim)
 
 
 def _train(store: Store, snapshot: Snapshot, plan: Plan, progress: Progress | None) -> Any:

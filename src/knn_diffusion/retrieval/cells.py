@@ -132,10 +132,18 @@ def merged(first: Any, *others: Any) -> Any:
 
 def cells_of(index: Any, vectors: Float32[np.ndarray, "rows dim"], count: int) -> Int[np.ndarray, "rows count"]:
     """The `count` cells nearest to each vector, best first."""
-    faiss = faiss_module()
-    if isinstance(index, faiss.IndexPreTransform):
-        vectors = faiss.downcast_VectorTransform(index.chain.at(0)).apply(np.ascontiguousarray(vectors))
-    return faiss.extract_index_ivf(index).quantizer.search(np.ascontiguousarray(vectors), count)[1]
+    return _nearest_cells(index, vectors, count)[1]
+
+
+def cell_distances(index: Any, vectors: Float32[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows"]:
+    """1 - cosine of each unit vector with the centroid of its cell."""
+    return 1 - _nearest_cells(index, vectors, 1)[0][:, 0]
+
+
+def list_sizes(index: Any) -> Int64[np.ndarray, "cells"]:
+    """How many rows each cell holds."""
+    lists = faiss_module().extract_index_ivf(index).invlists
+    return np.array([lists.list_size(cell) for cell in range(lists.nlist)], np.int64)
 
 
 def spherical_centroids(sample: Float32[np.ndarray, "rows dim"], cells: int) -> Float32[np.ndarray, "cells dim"]:
@@ -171,6 +179,14 @@ def faiss_module() -> Any:
     import faiss
 
     return faiss
+
+
+def _nearest_cells(index: Any, vectors: Float32[np.ndarray, "rows dim"], count: int) -> Any:
+    """Inner products with the nearest centroids, and their cells."""
+    faiss = faiss_module()
+    if isinstance(index, faiss.IndexPreTransform):
+        vectors = faiss.downcast_VectorTransform(index.chain.at(0)).apply(np.ascontiguousarray(vectors))
+    return faiss.extract_index_ivf(index).quantizer.search(np.ascontiguousarray(vectors), count)
 
 
 def _coarse(centroids: Float32[np.ndarray, "cells dim"], dim: int) -> Any:

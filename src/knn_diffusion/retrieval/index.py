@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
-from typing import Protocol, runtime_checkable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int
 
-from knn_diffusion.errors import StoreError, UsageError
-from knn_diffusion.retrieval.cell_engine import CellEngine, Progress
+from knn_diffusion.errors import KnnDiffusionError, StoreError, UsageError
+from knn_diffusion.retrieval.cell_engine import CellEngine, Progress, shape_of
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.engines import Allowed, Engine, ExactEngine, FewRowsEngine
+from knn_diffusion.retrieval.kept import KeptIndex, kept_cells
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, Reach, plan_for
 from knn_diffusion.retrieval.ranking import RowsInMemory, Search, Vectors, answer
 from knn_diffusion.retrieval.segments import Snapshot, unit_rows
@@ -61,18 +64,64 @@ class LocalRetriever:
         self._vectors: Vectors = store.embeddings
         self._alive = Allowed(np.zeros(0, bool))
         self._lock = threading.Lock()
+        self._renewing: threading.Thread | None = None
 
     def plan(self) -> Plan:
-        """How the images there are now are searched, and what that takes."""
+        """How the images there are now are searched, and what that takes. An index that grew keeps its number of cells."""
+        plan, settings = self.new_plan(), self.settings
+        cells = self._cells(plan) if settings.cells is None and plan.layout != "exact" else None
+        if cells is None or cells == plan.cells:
+            return plan
+        return plan_for(plan.count, self.store.encoder.dim, replace(settings, cells=cells))
+
+    def new_plan(self) -> Plan:
+        """As `plan`, for cells that are trained now."""
         return plan_for(len(self.store), self.store.encoder.dim, self.settings)
 
     def prepare(self, progress: Progress | None = None) -> Plan:
         """Build what the first search would build, and wait for what is built in the background."""
         if len(self.store):
             engine = self._ready(self.store.snapshot(), progress)
+            if self._renewing is not None:
+                self._renewing.join()
             if isinstance(engine, CellEngine):
                 engine.settle()
         return self.plan()
+
+    def retrain(self, progress: Progress | None = None) -> Plan:
+        """Train cells and codes anew on the images there are now and put all images into them.
+
+        Searches go on with the old ones until the new are complete, in other processes too.
+
+        Raises: UsageError where every image is compared; KnnDiffusionError when the disk is full. It is as it was then.
+        """
+        plan = self.new_plan()
+        if plan.layout == "exact":
+            raise UsageError(
+                f"expected an index that searches in cells, one of {plan.count:,} images compares them all: "
+                "there is nothing to train"
+            )
+        engine = CellEngine(self.store, plan, anew=True, progress=progress)
+        with self._lock:
+            self._engine = engine
+        return plan
+
+    def trained(self) -> tuple[Any, int] | None:
+        """Cells and codes in use, without the images in them, and the first record that was not there at their training.
+
+        None where every image is compared, and where no cells were trained so far; nothing is built.
+        """
+        if isinstance(self._engine, CellEngine):
+            return self._engine.trained
+        plan = self.plan()
+        kept = KeptIndex.open(self.store, shape_of(self.store, plan)) if plan.layout != "exact" else None
+        index = kept.load_trained() if kept is not None else None
+        return (index, kept.trained_records) if kept is not None and index is not None else None
+
+    def imbalance(self) -> float:
+        """Times as many images that a query meets in its cells as if all were equally full; 1 where there are none."""
+        self.prepare()
+        return self._engine.imbalance() if isinstance(self._engine, CellEngine) else 1.0
 
     def search(
         self,
@@ -155,7 +204,27 @@ class LocalRetriever:
             exact = count <= self.settings.exact_below if self.settings.layout == "auto" else None
             if engine is None or (exact is not None and exact != isinstance(engine, ExactEngine)):
                 self._engine = engine = self._made(snapshot, progress)
+            elif isinstance(engine, CellEngine) and not self._is_renewing and engine.superseded(self.plan):
+                self._renewing = threading.Thread(target=self._renew, daemon=True)
+                self._renewing.start()
             return engine
+
+    @property
+    def _is_renewing(self) -> bool:
+        return self._renewing is not None and self._renewing.is_alive()
+
+    def _renew(self) -> None:
+        """Load the new cells that another process has trained, while searches go on in the old ones."""
+        with suppress(KnnDiffusionError):  # then the old ones serve on
+            engine = CellEngine(self.store, self.plan())
+            with self._lock:
+                self._engine = engine
+
+    def _cells(self, plan: Plan) -> int | None:
+        """The number of cells in use, None while there are none."""
+        if self.store.folder is not None and (cells := kept_cells(self.store.folder, plan.layout)) is not None:
+            return cells
+        return self._engine.cells if isinstance(self._engine, CellEngine) else None
 
     def _made(self, snapshot: Snapshot, progress: Progress | None) -> Engine:
         plan = self.plan()

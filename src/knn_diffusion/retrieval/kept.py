@@ -1,7 +1,8 @@
 """Indexes over cells on the disk, beside the store they were made from: in parts, each with its digest.
 
     cache/search.json            layout, cells, and for each part the records it covers and the store's history then
-    cache/search-<digest>.faiss  the trained index without rows, and the parts
+    cache/retraining.json        the same of an index of new cells, until it is complete and takes the other's place
+    cache/search-<digest>.faiss  the trained indexes without rows, and the parts
 
 A part covers the records from where the one before it ends; records stay when a compaction numbers rows anew, and so do
 parts. Building goes on after an interruption with the first part that is missing, and what was added since needs only
@@ -11,6 +12,7 @@ before faiss reads a file: of damaged files it loads a third and answers differe
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from contextlib import suppress
@@ -25,7 +27,7 @@ from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
 FORMAT_VERSION = 3
-FACTS = "search.json"
+FACTS, RETRAINING = "search.json", "retraining.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,22 +55,26 @@ class KeptIndex:
 
     store: Store
     shape: Shape
+    facts: str = FACTS
     trained: str | None = None
+    trained_records: int = 0
+    """Images of later records were not there when cells and codes were trained."""
     parts: tuple[Part, ...] = ()
+    looked_at: int = 0
 
     @classmethod
-    def open(cls, store: Store, shape: Shape) -> KeptIndex:
+    def open(cls, store: Store, shape: Shape, facts: str = FACTS) -> KeptIndex:
         """What is kept beside the store of this shape and with its history; empty when nothing is."""
-        kept = cls(store=store, shape=shape)
+        kept = cls(store=store, shape=shape, facts=facts)
         if kept.writable and store.history(store.snapshot().age) is None:
             with suppress(StoreError):  # another process writes, and begins it
                 store.begin_history()
-        facts = read_facts(kept.folder) if kept.folder is not None else None
-        if facts is None or facts["shape"] != asdict(shape):
+        said = read_facts(kept.folder, facts) if kept.folder is not None else None
+        if said is None or said["shape"] != asdict(shape):
             return kept
-        kept.trained = facts["trained"]
+        kept.trained, kept.trained_records = said["trained"], said["trained_records"]
         known: list[Part] = []
-        for values in facts["parts"]:
+        for values in said["parts"]:
             part = Part(**values)
             if store.history(part.age) != part.history:
                 break
@@ -100,20 +106,54 @@ class KeptIndex:
         self.parts = tuple(part for _, part in loaded)
         return loaded
 
-    def keep_trained(self, index: Any) -> None:
-        """Begin anew with this trained index."""
-        self.trained, self.parts = self._save(index), ()
+    def keep_trained(self, index: Any, snapshot: Snapshot) -> None:
+        """Begin anew with this index, trained on the snapshot's images."""
+        self.trained, self.trained_records, self.parts = self._save(index), snapshot.num_records, ()
+        self._write_facts(begin=True)
+
+    def keep_part(self, index: Any, snapshot: Snapshot, records: range) -> None:
+        """Keep the snapshot's rows of these records, instead of parts with the same ones; none after a gap."""
+        before = tuple(part for part in self.parts if part.num_records <= records.start)
+        history = self.store.history(snapshot.age)
+        if history is None or self.trained is None or (before[-1].num_records if before else 0) != records.start:
+            return
+        if (digest := self._save(index)) is not None:
+            part = Part(sha256=digest, num_records=records.stop, age=snapshot.age, history=history)
+            self.parts = (*before, part)
+            self._write_facts()
+
+    def publish(self, num_records: int) -> None:
+        """Put the index of new cells, complete now, in the place of the one in use, in one step.
+
+        Raises: KnnDiffusionError when not all records could be kept; the one in use stays.
+        """
+        if self.folder is None or not self.writable:
+            return
+        try:
+            if not self.parts or self.parts[-1].num_records < num_records:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            (self.folder / RETRAINING).replace(self.folder / FACTS)
+        except OSError as error:
+            raise KnnDiffusionError(
+                f"{self.folder} could not be written ({error.strerror}): free space or mend permissions; "
+                "the index is searched as before"
+            ) from None
+        self.facts = FACTS
         self._write_facts()
 
-    def keep_part(self, index: Any, snapshot: Snapshot, num_records: int, *, instead_of: int = 0) -> None:
-        """Keep the snapshot's rows up to a record, `instead_of` so many of the last parts."""
-        history = self.store.history(snapshot.age)
-        digest = self._save(index) if history is not None else None
-        if history is None or digest is None or self.trained is None:
-            return
-        part = Part(sha256=digest, num_records=num_records, age=snapshot.age, history=history)
-        self.parts = (*self.parts[: len(self.parts) - instead_of], part)
-        self._write_facts()
+    def changed(self) -> bool:
+        """Whether the facts were written since this was asked last, by whomever."""
+        try:
+            now = os.stat(self.folder / FACTS).st_mtime_ns if self.folder is not None else 0
+        except OSError:
+            return False
+        self.looked_at, before = now, self.looked_at
+        return now != before
+
+    def superseded(self, shape: Shape) -> bool:
+        """Whether an index of this shape with other cells was put in the place of this one."""
+        said = read_facts(self.folder) if self.folder is not None else None
+        return said is not None and said["shape"] == asdict(shape) and said["trained"] != self.trained
 
     def _save(self, index: Any) -> str | None:
         """Write an index under its digest. A disk that is full costs only the time to build it again."""
@@ -134,33 +174,43 @@ class KeptIndex:
             return None
         return faiss_module().read_index(str(_path(self.folder, digest)))
 
-    def _write_facts(self) -> None:
-        """Say what there is, then delete what nothing names any more."""
+    def _write_facts(self, *, begin: bool = False) -> None:
+        """Say what there is, unless cells that are not ours took their place; then delete what nothing names any more."""
         if self.folder is None or not self.writable:
             return
-        parts = [asdict(part) for part in self.parts]
-        facts = {"format": FORMAT_VERSION, "shape": asdict(self.shape), "trained": self.trained, "parts": parts}
-        try:
-            write_json(self.folder / FACTS, facts)
-        except KnnDiffusionError:
-            return
-        named = {_path(self.folder, digest).name for digest in _digests(facts)}
+        before = read_facts(self.folder, self.facts)
+        if begin or before is None or before["trained"] == self.trained:
+            said = {"shape": asdict(self.shape), "trained": self.trained, "trained_records": self.trained_records}
+            parts = [asdict(part) for part in self.parts]
+            try:
+                write_json(self.folder / self.facts, {"format": FORMAT_VERSION, **said, "parts": parts})
+            except KnnDiffusionError:
+                return
+        files = [read_facts(self.folder, name) for name in (FACTS, RETRAINING)]
+        named = {_path(self.folder, digest).name for said in files if said for digest in _digests(said)}
         for path in self.folder.glob("search*.faiss"):
             if path.name not in named:
                 with suppress(OSError):
                     path.unlink()
 
 
-def read_facts(folder: Path) -> dict[str, Any] | None:
+def read_facts(folder: Path, name: str = FACTS) -> dict[str, Any] | None:
     """What the index kept in a cache folder is, None when there is none or it cannot be read."""
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / name).read_text(encoding="utf-8"))
         if facts["format"] != FORMAT_VERSION:
             return None
+        Shape(**facts["shape"])
         [Part(**part) for part in facts["parts"]]
-        return {name: facts[name] for name in ("shape", "trained", "parts")}
+        return {name: facts[name] for name in ("shape", "trained", "trained_records", "parts")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def kept_cells(folder: Path, layout: str) -> int | None:
+    """How many cells the index kept in a store's folder has, None when there is none of this layout."""
+    facts = read_facts(folder / "cache")
+    return facts["shape"]["cells"] if facts is not None and facts["shape"]["layout"] == layout else None
 
 
 def cache_problem(folder: Path) -> str | None:

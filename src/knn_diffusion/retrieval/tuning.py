@@ -55,15 +55,18 @@ class Queries:
     cosines: Float64[np.ndarray, "queries ranks"]
 
 
-def image_queries(store: Store, count: int, k: int, *, seed: int = 0) -> Queries:
-    """A sample of the index's own images, each to find its neighbors but itself."""
+def image_queries(store: Store, count: int, k: int, *, records: range | None = None, seed: int = 0) -> Queries:
+    """A sample of the index's own images, or of those with some records, each to find its neighbors but itself."""
     snapshot = store.snapshot()
     live = snapshot.live_rows
     if len(live) < k + 2:
         raise UsageError(f"expected an index of more than {k + 1} images to measure k={k} on, got {len(live)}: lower k")
+    if records is not None:
+        ends = [snapshot.records.row_from(record) for record in (records.start, records.stop)]
+        live = live[slice(*np.searchsorted(live, ends))]
     own = np.sort(np.random.default_rng(seed).choice(live, min(count, len(live)), replace=False))
     vectors = unit_vectors(store, own, snapshot)
-    ranks = min(max(k, RANKS), len(live) - 1)
+    ranks = min(max(k, RANKS), int(snapshot.alive.sum()) - 1)
     rows, cosines = without(*exact_neighbors(store, snapshot, vectors, ranks + 1), own, ranks)
     return Queries(modality="image", vectors=vectors, own=own, truth=rows[:, :k], cosines=cosines)
 

@@ -13,8 +13,9 @@ from knn_diffusion.errors import KnnDiffusionError
 from knn_diffusion.retrieval.cell_engine import CellEngine
 from knn_diffusion.retrieval.cells import add_rows, drop_others, faiss_module, take_rows
 from knn_diffusion.retrieval.engines import unit_vectors
+from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.neighbors import Progress
-from knn_diffusion.retrieval.plan import BITS_PER_CODE, IndexConfig, Plan, num_codes, plan_for
+from knn_diffusion.retrieval.plan import BITS_PER_CODE, IndexConfig, Plan, num_codes
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
@@ -58,7 +59,7 @@ def faiss_index(
 
     Exact where the store is searched exactly; else the cells that searches use, set to look into as many as for a text.
     """
-    plan = plan_for(len(snapshot.live_rows), store.encoder.dim, settings)
+    plan = LocalRetriever(store, settings).plan()
     if plan.layout == "exact":
         flat = faiss_module().IndexFlatIP(store.encoder.dim)
         rows = snapshot.live_rows

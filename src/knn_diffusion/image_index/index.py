@@ -28,6 +28,7 @@ from knn_diffusion.config import from_dict, to_dict
 from knn_diffusion.errors import FingerprintError, ImageError, StoreError, UsageError
 from knn_diffusion.image_index.exchange import Claim, refuse_unknown, store_for
 from knn_diffusion.image_index.ingest import AddReport, Batch, Images, find_sources
+from knn_diffusion.image_index.upkeep import Upkeep
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
 from knn_diffusion.retrieval.compaction import Waste
 from knn_diffusion.retrieval.database import DATABASE
@@ -72,6 +73,8 @@ class ImageIndex:
         """What `build` did with its images."""
         self.import_report: ImportReport | None = None
         """What `import_embeddings` did with its vectors."""
+        self.upkeep: Upkeep | None = None
+        """What compacts the index in the background, see `keep_compact`."""
         self._retriever = LocalRetriever(store, settings or self._stored_settings(), self._stored_rule())
         if encoder is not None and not isinstance(encoder, str | Path):
             self._encoder = self._checked(encoder)
@@ -236,6 +239,7 @@ class ImageIndex:
             batch.encode()
         finally:
             batch.commit()
+        self._look_after()
         return batch.report
 
     def remove(self, ids: Sequence[str]) -> None:
@@ -244,6 +248,7 @@ class ImageIndex:
         Raises: UsageError naming an unknown id, before anything is removed.
         """
         self._store.remove(ids)
+        self._look_after()
 
     def compact(self, *, progress: Progress | None = None) -> Waste:
         """Take removed images off the disk and make many small segments few; ids, order and everything else stay.
@@ -253,6 +258,18 @@ class ImageIndex:
         Raises: StoreError for a read-only or damaged index; KnnDiffusionError when the disk is full. It is as it was then.
         """
         return self._store.compact(progress)
+
+    def keep_compact(self) -> Upkeep:
+        """From now on compact in a thread whenever `add` or `remove` leaves so much waste that it is worth it.
+
+        What stopped one, such as a full disk, is said by the `problem` of what is returned.
+
+        Raises: StoreError when the index is read-only.
+        """
+        self._require_writable()
+        self.upkeep = self.upkeep or Upkeep(self._store)
+        self._look_after()
+        return self.upkeep
 
     def waste(self) -> Waste:
         """What share of the images on the disk is removed, and what `compact` would free."""
@@ -316,7 +333,9 @@ class ImageIndex:
         return ImageIndex.open(self._store.folder, self._encoder or self._encoder_place, read_only=True)
 
     def close(self) -> None:
-        """Leave no journal beside the database; the index cannot be used afterwards."""
+        """Leave no journal beside the database, after a compaction under way; the index cannot be used afterwards."""
+        if self.upkeep is not None:
+            self.upkeep.wait()
         self._store.close()
 
     def __enter__(self) -> ImageIndex:
@@ -495,6 +514,10 @@ class ImageIndex:
             )
 
     # Inside
+
+    def _look_after(self) -> None:
+        if self.upkeep is not None:
+            self.upkeep.look()
 
     def _require_writable(self) -> None:
         if self.read_only:

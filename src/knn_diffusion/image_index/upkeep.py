@@ -1,0 +1,37 @@
+"""Compaction without being asked: in a thread, whenever enough images were removed or enough small files have come."""
+
+from __future__ import annotations
+
+import threading
+
+from knn_diffusion.errors import KnnDiffusionError
+from knn_diffusion.retrieval.store import Store
+
+
+class Upkeep:
+    """Compacts one store in the background, once at a time; searches, additions and removals go on meanwhile."""
+
+    def __init__(self, store: Store) -> None:
+        self.problem: KnnDiffusionError | None = None
+        """What stopped the last compaction, such as a full disk; the store is as it was then."""
+        self._store, self._lock = store, threading.Lock()
+        self._worker: threading.Thread | None = None
+
+    def look(self) -> None:
+        """Begin a compaction if it is worth it and none is under way."""
+        with self._lock:
+            if (self._worker is None or not self._worker.is_alive()) and self._store.waste().worthwhile:
+                self._worker = threading.Thread(target=self._compact, daemon=True)
+                self._worker.start()
+
+    def wait(self) -> None:
+        """Until no compaction is under way."""
+        if (worker := self._worker) is not None:
+            worker.join()
+
+    def _compact(self) -> None:
+        try:
+            self._store.compact()
+            self.problem = None
+        except KnnDiffusionError as error:
+            self.problem = error

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from knn_diffusion.retrieval import cell_engine, compaction
 from knn_diffusion.retrieval.cell_engine import CellEngine
 from knn_diffusion.retrieval.dedup import OFF
 from knn_diffusion.retrieval.index import LocalRetriever
-from knn_diffusion.retrieval.kept import cache_problem
+from knn_diffusion.retrieval.kept import KeptIndex, Shape, cache_problem
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 
@@ -31,8 +32,11 @@ def add(store: Store, numbers: range, seed: int = 0) -> None:
     items = [
         Item(source=f"{n}.png", content=hashlib.sha256(f"{n} {seed}".encode()).hexdigest(), id=str(n)) for n in numbers
     ]
-    vectors = np.stack([np.random.default_rng((n, seed)).standard_normal(DIM) for n in numbers]).astype(np.float32)
-    store.append(items, vectors)
+    store.append(items, vectors_of(numbers, seed))
+
+
+def vectors_of(numbers: Iterable[int], seed: int = 0) -> np.ndarray:
+    return np.stack([np.random.default_rng((n, seed)).standard_normal(DIM) for n in numbers]).astype(np.float32)
 
 
 def filled(folder: Path | None, count: int = 300) -> Store:
@@ -119,6 +123,20 @@ def test_rows_that_lie_in_no_cell_yet_are_found_after_a_compaction() -> None:
         assert in_cells(retriever) == 300
 
 
+@pytest.mark.parametrize("settings", [IndexConfig(), EVERYWHERE], ids=["exact", "cells"])
+def test_images_compared_one_by_one_are_found_by_their_vectors_after_a_compaction(settings: IndexConfig) -> None:
+    with filled(None) as store:
+        retriever = LocalRetriever(store, settings, OFF)
+        retriever.prepare()
+        add(store, range(400, 460))
+        assert retriever.search(vectors_of(range(400, 460)), 1).ids == [[str(n)] for n in range(400, 460)]
+        for gone in (["3", "400", "430"], [str(n) for n in range(401, 411)]):
+            store.remove(gone)
+            store.compact()
+            left = [n for n in range(411, 460) if n != 430]
+            assert retriever.search(vectors_of(left), 1).ids == [[str(n)] for n in left]
+
+
 def test_an_older_snapshot_is_searched_beside_a_newer_one() -> None:
     with filled(None) as store:
         retriever = LocalRetriever(store, EVERYWHERE, OFF)
@@ -166,8 +184,11 @@ def test_cells_made_from_another_future_of_the_store_are_not_used(tmp_path: Path
     with Store.open(tmp_path / "backup") as store:
         add(store, range(300, 330), seed=1)
     shutil.copytree(tmp_path / "index" / "cache", tmp_path / "backup" / "cache")
-    with Store.open(tmp_path / "backup") as store:
-        assert found(LocalRetriever(store, EVERYWHERE, OFF)) == by_hand(store)
+    shape = Shape(layout="fast-scan", cells=8, dim=DIM)
+    for name, parts in (("index", 1), ("backup", 0)):
+        with Store.open(tmp_path / name) as store:
+            assert len(KeptIndex.open(store, shape).parts) == parts
+            assert found(LocalRetriever(store, EVERYWHERE, OFF)) == by_hand(store)
 
 
 def test_cells_without_images_that_a_restored_store_holds_are_not_used(tmp_path: Path) -> None:

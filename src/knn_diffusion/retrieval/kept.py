@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from knn_diffusion.retrieval.store import Store
 
 FORMAT_VERSION = 3
 FACTS, RETRAINING = "search.json", "retraining.json"
+LOOK_SECONDS = 1.0
+"""So often a search looks whether another process has trained the cells anew."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,7 @@ class KeptIndex:
     """Images of later records were not there when cells and codes were trained."""
     parts: tuple[Part, ...] = ()
     looked_at: int = 0
+    look_again_at: float = 0.0
 
     @classmethod
     def open(cls, store: Store, shape: Shape, facts: str = FACTS) -> KeptIndex:
@@ -142,7 +146,10 @@ class KeptIndex:
         self._write_facts()
 
     def changed(self) -> bool:
-        """Whether the facts were written since this was asked last, by whomever."""
+        """Whether the facts were written since this was asked last, by whomever; looked up once in LOOK_SECONDS."""
+        if time.monotonic() < self.look_again_at:
+            return False
+        self.look_again_at = time.monotonic() + LOOK_SECONDS
         try:
             now = os.stat(self.folder / FACTS).st_mtime_ns if self.folder is not None else 0
         except OSError:

@@ -46,7 +46,9 @@ class RowsInMemory:
 
     def __call__(self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot) -> Float16[np.ndarray, "rows dim"]:
         """The stored vectors of these rows."""
-        places = self._records.rows_of(snapshot.records.of_rows(rows))
+        places = rows
+        if snapshot.records is not self._records:
+            places = self._records.rows_of(snapshot.records.of_rows(rows))
         later = (places < 0) | (places >= len(self._known))
         if not later.any():
             return self._known.take(places, axis=0)

@@ -49,6 +49,8 @@ class Records:
 
     def row_from(self, record: int) -> int:
         """The first row whose record is this or a later one."""
+        if not len(self.firsts):
+            return record
         return record - int(np.clip(record - self.firsts, 0, self.counts).sum())
 
     def spread(self, mask: Bool[np.ndarray, "rows"]) -> Bool[np.ndarray, "records"]:

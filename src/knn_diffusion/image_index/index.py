@@ -27,7 +27,7 @@ from knn_diffusion.checkpoint import atomic_folder
 from knn_diffusion.config import from_dict, to_dict
 from knn_diffusion.errors import FingerprintError, ImageError, StoreError, UsageError
 from knn_diffusion.image_index.exchange import Claim, refuse_unknown, store_for
-from knn_diffusion.image_index.ingest import AddReport, Batch, Images, find_sources
+from knn_diffusion.image_index.ingest import AddReport, Images, Writer, embed, find_sources
 from knn_diffusion.image_index.upkeep import Upkeep
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
 from knn_diffusion.retrieval.compaction import Waste
@@ -230,17 +230,16 @@ class ImageIndex:
         Raises: UsageError when no image is found; KnnDiffusionError when the disk is full: earlier batches stay.
         """
         found = find_sources(images)
-        batch = Batch(self._store, self.encoder, previews, AddReport())
+        writer = Writer(self._store)
         try:
-            for number, source in enumerate(found):
-                batch.take(source)
+            for number, outcome in enumerate(embed(found, self.encoder, previews, writer.knows), 1):
+                writer.take(outcome)
                 if progress is not None:
-                    progress("adding images", number + 1, len(found))
-            batch.encode()
+                    progress("adding images", number, len(found))
         finally:
-            batch.commit()
+            writer.commit()
         self._look_after()
-        return batch.report
+        return writer.report
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove images; the next search does not find them.

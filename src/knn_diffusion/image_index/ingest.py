@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,63 +45,100 @@ class AddReport:
     """Ids of the images added, in their order."""
 
 
-class Batch:
-    """Images on their way into the store: decoded, then encoded a few at a time, then saved many at a time."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """An image as the store takes it."""
 
-    def __init__(self, store: Store, encoder: JointEncoder, previews: bool, report: AddReport) -> None:
-        self.report = report
-        self._store, self._encoder, self._with_previews = store, encoder, previews
-        self._images: list[Image.Image] = []
-        self._waiting: list[tuple[Item, np.ndarray, bytes | None]] = []
-        self._ready: list[tuple[Item, np.ndarray, bytes | None, np.ndarray]] = []
-        self._contents: set[str] = set()
+    item: Item
+    vector: np.ndarray
+    thumbnail: np.ndarray
+    preview: bytes | None
 
-    def take(self, source: SourceImage) -> None:
-        """Decode one image, and encode or save when enough have come together."""
+
+Outcome = Row | Skipped | None
+"""What became of an image; None: it is there already."""
+
+
+def embed(
+    sources: Iterable[SourceImage], encoder: JointEncoder, previews: bool, is_known: Callable[[str], bool]
+) -> Iterator[Outcome]:
+    """What becomes of each image: decoded one by one, encoded a few at a time.
+
+    Args:
+        is_known: whether an image with this content digest is there already, so that it need not be encoded.
+    """
+    images, waiting = list[Image.Image](), list[_Unplaced]()
+    for source in sources:
         try:
             image = source.load()
-            content = content_digest(image)
-            thumbnail = pictures.to_array(pictures.square(image, 8)).reshape(THUMBNAIL_VALUES)
-            preview = preview_of(image) if self._with_previews else None
+            found = _unplaced(source, image, previews)
         except Exception as error:  # whatever a decoder raises, the job goes on
-            self.report.skipped.append(Skipped(source=source.source, reason=str(error) or type(error).__name__))
-            return
-        if content in self._contents or self._store.id_of_content(content) is not None:
+            yield Skipped(source=source.source, reason=str(error) or type(error).__name__)
+            continue
+        if is_known(found[0].content) or any(found[0].content == item.content for item, *_ in waiting):
+            yield None
+            continue
+        images.append(image)
+        waiting.append(found)
+        if len(images) >= ENCODE_IMAGES or sum(one.width * one.height for one in images) >= ENCODE_PIXELS:
+            yield from _placed(encoder, images, waiting)
+            images, waiting = [], []
+    if images:
+        yield from _placed(encoder, images, waiting)
+
+
+class Writer:
+    """What becomes of images on its way into the store, saved many at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self.report = AddReport()
+        self._store = store
+        self._ready: dict[str, Row] = {}
+
+    def knows(self, content: str) -> bool:
+        """Whether the image with this content digest is in the store, or about to be."""
+        return content in self._ready or self._store.id_of_content(content) is not None
+
+    def take(self, outcome: Outcome) -> None:
+        """Note one image, and save when enough have come together."""
+        if isinstance(outcome, Skipped):
+            self.report.skipped.append(outcome)
+        elif outcome is None or outcome.item.content in self._ready:
             self.report.already_present += 1
-            return
-        self._contents.add(content)
-        self._images.append(image)
-        self._waiting.append((Item(source=source.source, key=source.key, content=content), thumbnail, preview))
-        if len(self._images) >= ENCODE_IMAGES or sum(one.width * one.height for one in self._images) >= ENCODE_PIXELS:
-            self.encode()
+        else:
+            self._ready[outcome.item.content] = outcome
         if len(self._ready) >= COMMIT_IMAGES:
             self.commit()
 
-    def encode(self) -> None:
-        """Give the decoded images their embeddings."""
-        if not self._images:
-            return
-        vectors = self._encoder.encode_images(self._images)
-        for (item, thumbnail, preview), vector in zip(self._waiting, vectors, strict=True):
-            if np.isfinite(vector).all() and vector.any():
-                self._ready.append((item, thumbnail, preview, vector))
-            else:
-                self.report.skipped.append(
-                    Skipped(source=item.source, reason="the encoder gives no usable vector for it")
-                )
-        self._images, self._waiting = [], []
-
     def commit(self) -> None:
-        """Save what is encoded."""
-        ready, self._ready, self._contents = self._ready, [], set()
+        """Save what has come together."""
+        ready, self._ready = list(self._ready.values()), {}
         if not ready:
             return
-        items, thumbnails, previews, vectors = zip(*ready, strict=True)
-        added = self._store.append(items, np.stack(vectors), np.stack(thumbnails), previews)
+        vectors, thumbnails = np.stack([row.vector for row in ready]), np.stack([row.thumbnail for row in ready])
+        added = self._store.append([row.item for row in ready], vectors, thumbnails, [row.preview for row in ready])
         self.report.added += int(added.sum())
         self.report.already_present += int((~added).sum())
-        ids = (self._store.id_of_content(item.content) for item, new in zip(items, added, strict=True) if new)
+        ids = (self._store.id_of_content(row.item.content) for row, new in zip(ready, added, strict=True) if new)
         self.report.ids += [one for one in ids if one is not None]
+
+
+_Unplaced = tuple[Item, np.ndarray, bytes | None]
+
+
+def _unplaced(source: SourceImage, image: Image.Image, previews: bool) -> _Unplaced:
+    item = Item(source=source.source, key=source.key, content=content_digest(image))
+    thumbnail = pictures.to_array(pictures.square(image, 8)).reshape(THUMBNAIL_VALUES)
+    return item, thumbnail, preview_of(image) if previews else None
+
+
+def _placed(encoder: JointEncoder, images: list[Image.Image], waiting: list[_Unplaced]) -> Iterator[Row | Skipped]:
+    """The images with their embeddings."""
+    for (item, thumbnail, preview), vector in zip(waiting, encoder.encode_images(images), strict=True):
+        if np.isfinite(vector).all() and vector.any():
+            yield Row(item=item, vector=vector, thumbnail=thumbnail, preview=preview)
+        else:
+            yield Skipped(source=item.source, reason="the encoder gives no usable vector for it")
 
 
 def content_digest(image: Image.Image) -> str:

@@ -54,6 +54,7 @@ OPTIONAL = (
     "milvus_lite",
     "pandas",
     "pymilvus",
+    "ray",
     "faiss",
     "rich",
 )

@@ -14,7 +14,7 @@ from knn_diffusion.cli.terminal import JsonOption, answer, progress, say
 from knn_diffusion.errors import ImageError, KnnDiffusionError, StoreError, UsageError
 
 if TYPE_CHECKING:
-    from knn_diffusion.image_index import AddReport, ImageIndex
+    from knn_diffusion.image_index import AddReport, ImageIndex, RayConfig
     from knn_diffusion.retrieval.plan import Plan
 
 SKIPPED_SHOWN = 10
@@ -25,6 +25,12 @@ IndexArgument = Annotated[str, typer.Argument(metavar="INDEX", help="Folder or b
 ImagesArgument = Annotated[
     list[str], typer.Argument(metavar="IMAGES...", help="Folders, files, tar shards, parquet.", show_default=False)
 ]
+
+RayOption = Annotated[bool, typer.Option("--ray", help="Embed in many processes, with Ray.")]
+RayAddressOption = Annotated[
+    str | None, typer.Option("--ray-address", help="Ray cluster to work on, host:port; else this machine.")
+]
+RayGpusOption = Annotated[float, typer.Option("--ray-gpus", min=0, help="Share of a GPU for each process.")]
 
 
 @app.callback()
@@ -38,6 +44,9 @@ def build(
     *,
     output: Annotated[Path, typer.Option("--output", help="New folder for the index.", show_default=False)],
     encoder: Annotated[str, typer.Option("--encoder", help="Registered name, folder or model id.")] = "stickers",
+    ray: RayOption = False,
+    ray_address: RayAddressOption = None,
+    ray_gpus: RayGpusOption = 0.0,
     as_json: JsonOption = False,
 ) -> None:
     """Embed images into a new index; those that cannot be read are listed and left out.
@@ -46,21 +55,30 @@ def build(
     """
     from knn_diffusion.image_index import ImageIndex
 
+    spread = _spread(ray, ray_address, ray_gpus)
     with progress() as show:
-        made = ImageIndex.build(images, output, encoder, progress=show, announce=_announce)
+        made = ImageIndex.build(images, output, encoder, progress=show, announce=_announce, ray=spread)
     assert made.report is not None
     _tell(made.report, made, output, as_json)
 
 
 @app.command()
-def add(index: IndexArgument, images: ImagesArgument, *, as_json: JsonOption = False) -> None:
+def add(
+    index: IndexArgument,
+    images: ImagesArgument,
+    *,
+    ray: RayOption = False,
+    ray_address: RayAddressOption = None,
+    ray_gpus: RayGpusOption = 0.0,
+    as_json: JsonOption = False,
+) -> None:
     """Add images to an index; the next search finds them, without any training.
 
     Example: knn-diffusion index add my-index new/*.png
     """
-    opened = _changeable(index)
+    opened, spread = _changeable(index), _spread(ray, ray_address, ray_gpus)
     with progress() as show:
-        report = opened.add(images, progress=show)
+        report = opened.add(images, progress=show, ray=spread)
     if report.skipped and not report.added and not report.already_present:
         first = report.skipped[0]
         raise ImageError(
@@ -152,6 +170,14 @@ def _announce(plan: Plan) -> None:
     """What a large index will take; a small one takes nothing worth a line."""
     if plan.layout != "exact":
         say(str(plan))
+
+
+def _spread(ray: bool, address: str | None, gpus: float) -> RayConfig | None:
+    from knn_diffusion.image_index import RayConfig
+
+    if not ray and (address or gpus):
+        raise UsageError("expected --ray beside --ray-address and --ray-gpus, it is not there: add it")
+    return RayConfig(address=address, gpus_per_worker=gpus) if ray else None
 
 
 def _changeable(index: str) -> ImageIndex:

@@ -15,6 +15,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from knn_diffusion import images as pictures
 from knn_diffusion.checkpoint import atomic_folder
 from knn_diffusion.config import from_dict, to_dict
 from knn_diffusion.errors import FingerprintError, ImageError, StoreError, UsageError
+from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
 from knn_diffusion.image_index.exchange import Claim, refuse_unknown, store_for
 from knn_diffusion.image_index.ingest import AddReport, Images, Writer, embed, find_sources
 from knn_diffusion.image_index.upkeep import Upkeep
@@ -91,6 +93,7 @@ class ImageIndex:
         previews: bool = True,
         settings: IndexConfig | None = None,
         rule: DedupConfig | None = None,
+        ray: RayConfig | None = None,
     ) -> ImageIndex:
         """A new index of the images in a new folder, or in memory when `path` is None; `report` says what was skipped.
 
@@ -100,6 +103,8 @@ class ImageIndex:
             announce: told how so many images will be searched and what that takes, before the work begins.
             previews: keep a picture of at most 64 pixels of each image, to show neighbors by.
             rule: when two images count as the same; None takes the encoder's, or calibrates one on these images.
+            ray: spread the work over processes or machines. The index is the same, and an interrupted build goes on
+                with the same call.
 
         Raises: UsageError when the folder exists or no image is found; ImageError when none can be used. After an
             interruption the folder holds what was added so far, and `add` goes on from there.
@@ -108,17 +113,18 @@ class ImageIndex:
         if announce is not None:
             announce(plan_for(len(found), loaded.dim, settings or IndexConfig()))
         identity = EncoderIdentity(name=loaded.name, fingerprint=loaded.fingerprint, dim=loaded.dim)
-        store = Store.create(Path(path) if path is not None else None, identity)
+        begun = _begun(path) if ray is not None else None
+        store = begun or Store.create(Path(path) if path is not None else None, identity)
         if isinstance(encoder, str | Path):
             place = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
             store.set_setting("encoder_place", place)
         index = cls(store, loaded, settings)
         try:
-            report = index.report = index.add(found, progress=progress, previews=previews)
+            report = index.report = index.add(found, progress=progress, previews=previews, ray=ray)
         finally:
             if not len(index):
                 index._abandon()
-        if not report.added:
+        if not report.added and not report.already_present:
             first = report.skipped[0]
             raise ImageError(
                 f"none of {len(found)} images could be used (first: {first.source}: {first.reason}): mend or replace them"
@@ -221,23 +227,40 @@ class ImageIndex:
 
     # Changing
 
-    def add(self, images: Images, *, progress: Progress | None = None, previews: bool = True) -> AddReport:
+    def add(
+        self,
+        images: Images,
+        *,
+        progress: Progress | None = None,
+        previews: bool = True,
+        ray: RayConfig | None = None,
+    ) -> AddReport:
         """Add images; each batch is on the disk, and found by searches, when the next one starts.
 
         An image that cannot be read is listed with its reason and passed over; one that is there already, pixel for
         pixel, is counted and passed over.
 
-        Raises: UsageError when no image is found; KnnDiffusionError when the disk is full: earlier batches stay.
+        Args:
+            ray: spread decoding and embedding over processes or machines. An image under a known absolute path, in a file
+                that has not changed since, is then passed over unread.
+
+        Raises: UsageError when no image is found; KnnDiffusionError when the disk is full, or Ray gives up: earlier
+            batches stay. MissingDependencyError without Ray.
         """
-        found = find_sources(images)
-        writer = Writer(self._store)
-        try:
-            for number, outcome in enumerate(embed(found, self.encoder, previews, writer.knows), 1):
-                writer.take(outcome)
-                if progress is not None:
-                    progress("adding images", number, len(found))
-        finally:
-            writer.commit()
+        found, writer = find_sources(images), Writer(self._store)
+        told = progress or (lambda what, done, total: None)
+        told("adding images", 0, len(found))
+        if ray is None:
+            outcomes = embed(found, self.encoder, previews, writer.knows)
+        else:
+            outcomes = embed_on_ray(found, self.encoder, self._store, previews, ray)
+        with closing(outcomes):
+            try:
+                for number, outcome in enumerate(outcomes, 1):
+                    writer.take(outcome)
+                    told("adding images", number, len(found))
+            finally:
+                writer.commit()
         self._look_after()
         return writer.report
 
@@ -584,3 +607,14 @@ def _per_query(exclude_ids: Excluded | None, count: int) -> list[list[str]] | No
     if all(isinstance(one, str) for one in every):
         return [[str(one) for one in every]] * count
     return [list(one) for one in every]
+
+
+def _begun(path: str | Path | None) -> Store | None:
+    """The store of a build that was interrupted: it has no rule yet."""
+    if path is None or not (Path(path) / DATABASE).is_file():
+        return None
+    store = Store.open(Path(path))
+    if store.setting("dedup") is None and not store.read_only:
+        return store
+    store.close()
+    return None

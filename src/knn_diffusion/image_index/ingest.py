@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +61,7 @@ Outcome = Row | Skipped | None
 
 def embed(
     sources: Iterable[SourceImage], encoder: JointEncoder, previews: bool, is_known: Callable[[str], bool]
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """What becomes of each image: decoded one by one, encoded a few at a time.
 
     Args:

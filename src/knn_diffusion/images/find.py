@@ -92,10 +92,11 @@ def _images_of_file(file: Path, key: str) -> Iterator[SourceImage]:
 
 
 def _failing(source: str, reason: str) -> SourceImage:
-    def load() -> Image.Image:
-        raise ImageError(reason)
+    return SourceImage(source, Path(source).name, functools.partial(_refuse, reason))
 
-    return SourceImage(source, Path(source).name, load)
+
+def _refuse(reason: str) -> Image.Image:
+    raise ImageError(reason)
 
 
 def _images_of_shard(shard: Path) -> Iterator[SourceImage]:

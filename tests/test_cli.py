@@ -164,6 +164,7 @@ def test_edit_writes_images_and_strength_0_keeps_the_pixels(
         (["paint"], 2, "paint"),
         (["dataset"], 2, "Missing command"),
         (["index"], 2, "Missing command"),
+        (["index", "build", "a", "--output", "i", "--ray-address", "auto"], 2, "expected --ray beside --ray-address"),
         (["train", "tokenizer", "--preset", "stickers-cpu", "--output", "run"], 2, "add --images"),
         (["train", "denoiser", "--init", "stickers", "--index", "i", "--output", "run"], 2, "add --images"),
         (["generate", "a cat", "--colour"], 2, "--colour"),

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from tiny_encoder import tiny_encoder
 
-from knn_diffusion.errors import ConfigError, KnnDiffusionError, MissingDependencyError, UsageError
+from knn_diffusion.errors import ConfigError, FingerprintError, KnnDiffusionError, MissingDependencyError, UsageError
 from knn_diffusion.image_index import ImageIndex, RayConfig, content_digest, distributed
 from knn_diffusion.images import find_images
 from knn_diffusion.models.encoders import save_encoder
@@ -162,6 +162,15 @@ def test_an_interrupted_build_goes_on_without_embedding_again(ray: Any, tmp_path
         ImageIndex.build(tmp_path / "photos", tmp_path / "index", Refusing(set()), ray=HERE)
 
 
+def test_a_build_that_another_encoder_began_is_left_as_it_is(tmp_path: Path) -> None:
+    save_encoder(tiny_encoder(), tmp_path / "encoder")
+    store = Store.create(tmp_path / "index", EncoderIdentity(name="other", fingerprint="00", dim=8))
+    with pytest.raises(FingerprintError, match=r"was built with other \(8-d, 00\), the encoder is tiny"):
+        ImageIndex.build([picture(0)], tmp_path / "index", tmp_path / "encoder", ray=HERE)
+    assert store.setting("encoder_place") is None
+    store.close()
+
+
 def store_of(sources: Sequence[str]) -> Store:
     store = Store.create(None, EncoderIdentity(name="none", fingerprint="00", dim=2))
     items = [Item(source=source, content=f"{number:064}") for number, source in enumerate(sources)]
@@ -173,8 +182,10 @@ def test_only_files_that_surely_stayed_as_they_were_are_passed_over_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     picture(0).save(tmp_path / "a.png")
-    store = store_of([str(tmp_path / "a.png"), "a.png"])
+    odd.hardlink_to(tmp_path / "a.png")
+    store = store_of([str(tmp_path / "a.png"), "a.png", str(odd)])
 
     def ask(path: Path | str) -> list[Any]:
         monkeypatch.setattr(distributed, "connected", lambda settings: pytest.fail("Ray was asked"))
@@ -183,7 +194,7 @@ def test_only_files_that_surely_stayed_as_they_were_are_passed_over_unread(
     with pytest.raises(pytest.fail.Exception):
         ask(tmp_path / "a.png")  # written a moment before it was saved
     monkeypatch.setattr(distributed, "SETTLED_SECONDS", -1.0)
-    assert ask(tmp_path / "a.png") == [None]
+    assert ask(tmp_path / "a.png") == ask(odd) == [None]
     with pytest.raises(pytest.fail.Exception):
         ask("a.png")  # whoever named it so may have meant another folder
     os.utime(tmp_path / "a.png", (time.time() + 9, time.time() + 9))
@@ -235,6 +246,8 @@ def test_workers_that_take_a_gpu_put_the_encoder_there(tmp_path: Path, monkeypat
     there = SimpleNamespace(cluster_resources=lambda: {"CPU": 64.0, "GPU": 4.0})
     asked = (RayConfig(), RayConfig(gpus_per_worker=0.5), RayConfig(gpus_per_worker=1.0))
     assert [distributed._places(there, settings) for settings in asked] == [64, 8, 4]
+    with pytest.raises(KnnDiffusionError, match="expected 8 of a GPU for each worker, Ray has 4 GPUs: ask for less"):
+        distributed._places(there, RayConfig(gpus_per_worker=8.0))
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -25,6 +25,7 @@ from knn_diffusion.errors import KnnDiffusionError, MissingDependencyError
 from knn_diffusion.image_index.ingest import COMMIT_IMAGES, Outcome, Skipped, embed
 from knn_diffusion.images import SourceImage
 from knn_diffusion.models.encoders import JointEncoder
+from knn_diffusion.retrieval.database import text
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
@@ -213,10 +214,15 @@ def _imported() -> Any:
 
 
 def _places(ray: Any, settings: RayConfig) -> int:
-    """How many workers the cluster has room for."""
-    there = ray.cluster_resources()
-    fitting = there.get("GPU", 0) / settings.gpus_per_worker if settings.gpus_per_worker else there.get("CPU", 1)
-    return max(1, int(fitting))
+    """How many workers Ray has room for. Raises: KnnDiffusionError when there is no GPU for one that takes any."""
+    there, share = ray.cluster_resources(), settings.gpus_per_worker
+    fitting = int(there.get("GPU", 0.0) / share if share else there.get("CPU", 0.0))
+    if share and not fitting:
+        raise KnnDiffusionError(
+            f"expected {share:g} of a GPU for each worker, Ray has {there.get('GPU', 0.0):g} GPUs: ask for less, or 0 to embed "
+            "on processors"
+        )
+    return max(1, fitting)
 
 
 def _spread(
@@ -248,11 +254,11 @@ def _spread(
 
 def _known(store: Store, found: Sequence[SourceImage]) -> dict[str, tuple[str, float]]:
     """Content digest and time of saving of each image that the store has under the source of one of these."""
-    wanted = {one.source for one in found}
+    wanted = {text(one.source): one.source for one in found}
 
     def read(now: Snapshot) -> dict[str, tuple[str, float]]:
         facts = (one for rows in now.runs() for one in store.facts(rows, now))
-        return {source: (content.hex(), added_at) for _, source, _, content, added_at in facts if source in wanted}
+        return {wanted[name]: (content.hex(), added_at) for _, name, _, content, added_at in facts if name in wanted}
 
     return store.consistently(read)
 

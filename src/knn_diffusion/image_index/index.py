@@ -106,19 +106,20 @@ class ImageIndex:
             ray: spread the work over processes or machines. The index is the same, and an interrupted build goes on
                 with the same call.
 
-        Raises: UsageError when the folder exists or no image is found; ImageError when none can be used. After an
-            interruption the folder holds what was added so far, and `add` goes on from there.
+        Raises: UsageError when the folder exists or no image is found; ImageError when none can be used; with `ray`, what
+            `add` raises, and FingerprintError when another encoder began the build. After an interruption the folder holds what was added so far, and `add` goes on from there.
         """
         found, loaded = find_sources(images), _loaded(encoder)
         if announce is not None:
             announce(plan_for(len(found), loaded.dim, settings or IndexConfig()))
         identity = EncoderIdentity(name=loaded.name, fingerprint=loaded.fingerprint, dim=loaded.dim)
-        begun = _begun(path) if ray is not None else None
-        store = begun or Store.create(Path(path) if path is not None else None, identity)
+        store = _begun(path) if ray is not None else None
+        if store is None:
+            store = Store.create(Path(path) if path is not None else None, identity)
+        index = cls(store, loaded, settings)
         if isinstance(encoder, str | Path):
             place = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
             store.set_setting("encoder_place", place)
-        index = cls(store, loaded, settings)
         try:
             report = index.report = index.add(found, progress=progress, previews=previews, ray=ray)
         finally:

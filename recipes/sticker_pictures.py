@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--concept", help="only this one; default: all that are not held out")
-    parser.add_argument("--colours", type=int, default=5, help="background colours of each concept, 1 … 11")
+    parser.add_argument("--colours", type=int, default=7, help="background colours of each concept, 1 … 11")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=3)
     options = parser.parse_args()

@@ -155,7 +155,7 @@ def preview_of(image: Image.Image) -> bytes:
     small = image.convert("RGB")
     small.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=80)
+    small.save(buffer, "WEBP", quality=70)
     return buffer.getvalue()
 
 

@@ -238,13 +238,14 @@ def test_duplicates_are_found_when_asked_for() -> None:
         assert set(index.search(query, 2, deduplicate=False).ids[0]) == {id_of(images[0]), id_of(images[1])}
 
 
-def test_the_lists_of_a_large_index_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lists_of_a_large_index_are_made_at_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with ImageIndex.build([picture(seed) for seed in range(30)], None, ENCODER, rule=OFF) as index:
         ids, queries = index.ids[::-1][:20], index.embeddings[::-1][:20]
         expected = find_neighbors(queries, ids, index, 4)
         monkeypatch.setattr(training_neighbors, "EVERY_PAIR", 10)
         monkeypatch.setattr(ImageIndex, "neighbor_rows", None)
-        np.testing.assert_array_equal(find_neighbors(queries, ids, index, 4), expected)
+        np.testing.assert_array_equal(find_neighbors(queries, ids, index, 4, cache=tmp_path), expected)
+        np.testing.assert_array_equal(np.load(tmp_path / "neighbors-of-the-index.npy")[::-1][:20], expected)
 
 
 def test_training_neighbors_are_rows_of_the_embeddings() -> None:

@@ -425,10 +425,15 @@ class ImageIndex:
         return neighbors_of(self._store, units, table, k, self.rule, device=device)
 
     def self_neighbors(
-        self, k: int, *, device: str = "cpu", progress: Progress | None = None
+        self, k: int, *, output: str | Path | None = None, device: str = "cpu", progress: Progress | None = None
     ) -> Int[np.ndarray, "items k"]:
-        """For training: the rows of `embeddings` nearest to each of them, itself and its near-copies left out."""
-        return self_neighbors(self._store, k, self.rule, device=device, progress=progress)
+        """For training: the rows of `embeddings` nearest to each of them, itself and its near-copies left out.
+
+        Args:
+            output: a .npy file for the table, which then is mapped, not held; an interrupted call goes on there.
+        """
+        place = Path(output) if output is not None else None
+        return self_neighbors(self._store, k, self.rule, device=device, output=place, progress=progress)
 
     # Facts
 

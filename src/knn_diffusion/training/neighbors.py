@@ -88,7 +88,7 @@ def prepare(
     )  # fmt: skip
     neighbors = cached_array(
         cache, "neighbors", {"pixels": pixels.digest, "index": index.digest, "k": k},
-        lambda: find_neighbors(queries, pixels.ids, index, k, progress),
+        lambda: find_neighbors(queries, pixels.ids, index, k, progress, cache),
     )  # fmt: skip
     return DenoiserData(tokens=tokens, queries=queries, neighbors=neighbors, table=index.embeddings)
 
@@ -125,16 +125,19 @@ def find_neighbors(
     index: ImageIndex,
     k: int,
     progress: Reporter | None = None,
+    cache: Path | None = None,
 ) -> Int[np.ndarray, "items k"]:
     """Rows of the K nearest images of every image, itself and its near-duplicates left out (Eq. 4, A.4).
 
-    When the index is large and holds every image, all its neighbor lists are made at once, which is far cheaper.
+    When the index is large and holds every image, all its neighbor lists are made at once, which is far cheaper; with a
+    `cache` folder an interrupted call goes on there.
     """
     if k and len(index) > EVERY_PAIR:
         places = {one: place for place, one in enumerate(index.ids)}
         own = np.array([places.get(one, ABSENT) for one in ids])
         if (own >= 0).all():
-            return index.self_neighbors(k, progress=progress)[own]
+            kept = cache / "neighbors-of-the-index.npy" if cache is not None else None
+            return index.self_neighbors(k, output=kept, progress=progress)[own]
     table = np.full((len(queries), k), ABSENT, np.int32)
     for start in range(0, len(queries) if k else 0, CHUNK):
         rows = slice(start, start + CHUNK)

@@ -22,7 +22,7 @@ from knn_diffusion.retrieval.plan import (
     num_codes,
 )
 
-MANY_CELLS = 16_384
+MANY_CELLS = 4_096
 """From so many cells on their centroids are searched by codes."""
 CENTROIDS_COMPARED = 10
 """Centroids compared for each cell wanted, when they are searched by codes."""

@@ -14,7 +14,17 @@ from typing import Annotated
 import typer
 
 from knn_diffusion import __version__
-from knn_diffusion.cli import draw, index, index_compact, index_exchange, index_push, index_tune, tools, train
+from knn_diffusion.cli import (
+    draw,
+    index,
+    index_compact,
+    index_dedup,
+    index_exchange,
+    index_push,
+    index_tune,
+    tools,
+    train,
+)
 from knn_diffusion.cli.terminal import say
 from knn_diffusion.errors import KnnDiffusionError
 
@@ -32,6 +42,7 @@ index.app.command()(index_tune.tune)
 index.app.command()(index_tune.report)
 index_exchange.register(index.app)
 index.app.command()(index_compact.compact)
+index.app.command()(index_dedup.dedup)
 index.app.command()(index_push.push)
 app.add_typer(index.app, name="index")
 app.add_typer(train.app, name="train")

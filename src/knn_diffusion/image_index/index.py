@@ -16,6 +16,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from knn_diffusion.errors import FingerprintError, ImageError, StoreError, Usage
 from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
 from knn_diffusion.image_index.exchange import Claim, refuse_unknown, store_for
 from knn_diffusion.image_index.ingest import AddReport, Images, Writer, embed, find_sources
+from knn_diffusion.image_index.near_duplicates import NearDuplicateReport, report_near_duplicates
 from knn_diffusion.image_index.upkeep import Upkeep
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
 from knn_diffusion.retrieval.compaction import Waste
@@ -47,6 +49,7 @@ from knn_diffusion.retrieval.interchange import (
     import_vectors,
 )
 from knn_diffusion.retrieval.kept import cache_problem
+from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule
 from knn_diffusion.retrieval.neighbors import Progress, neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, plan_for
 from knn_diffusion.retrieval.segments import Snapshot, unit_rows
@@ -293,6 +296,25 @@ class ImageIndex:
         self.upkeep = self.upkeep or Upkeep(self._store)
         self._look_after()
         return self.upkeep
+
+    def dedup(
+        self, threshold: float | None = None, *, apply: bool = False, progress: Progress | None = None
+    ) -> NearDuplicateReport:
+        """Which images repeat one that was added before them and stays, greedily, the first one staying.
+
+        Args:
+            threshold: least cosine of a copy, in (0, 1]; None is half as far from 1 as the rule of neighbor lists, and at
+                least 0.95. Where both have one, their 8×8 pictures must be alike too.
+            apply: remove them; nothing is changed otherwise.
+
+        Raises: ConfigError for another threshold; StoreError for a damaged index.
+        """
+        rule = NearDuplicateRule.stricter_than(self.rule)
+        rule = rule if threshold is None else replace(rule, threshold=threshold)
+        found = report_near_duplicates(self._store, rule, progress)
+        if apply:
+            self.remove([copy.id for copy in found.copies])
+        return replace(found, removed=apply)
 
     def waste(self) -> Waste:
         """What share of the images on the disk is removed, and what `compact` would free."""

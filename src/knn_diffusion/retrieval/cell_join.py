@@ -170,7 +170,7 @@ def _join(
     device: torch.device,
 ) -> None:
     own, others = layout.members(cell), layout.candidates(cell)
-    many = _units(layout.vectors[others], device)
+    many = unit_tensor(layout.vectors[others], device)
     queries = many[: len(own)]  # a cell is the nearest to itself
     pending = np.arange(len(own))
     scores = queries @ many.T
@@ -184,7 +184,8 @@ def _join(
         pending, fetch = pending[table[places, -1] < 0], 4 * fetch
 
 
-def _units(vectors: Float16[np.ndarray, "rows dim"], device: torch.device) -> Float32[Tensor, "rows dim"]:
+def unit_tensor(vectors: Float16[np.ndarray, "rows dim"], device: torch.device) -> Float32[Tensor, "rows dim"]:
+    """The directions of stored vectors, on the device."""
     return torch.nn.functional.normalize(torch.from_numpy(vectors).to(device).float(), dim=1)
 
 

@@ -17,7 +17,7 @@ from knn_diffusion.retrieval.records import Records
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
-BLOCK_ROWS = 65_536
+BLOCK_ROWS = 32_768
 
 
 class Allowed:

@@ -23,7 +23,7 @@ from knn_diffusion.shapes import Neighbors
 ABSENT = -1
 SPARE = 8
 """Candidates kept beyond those asked for: for near-copies, and for what float32 ranks differently than float64."""
-_QUERIES = 256  # proposed together
+_QUERIES = 512  # proposed together
 _MAX_VALUES = 2**24  # of candidate vectors held at once
 _BLOCK_VALUES = 2**20  # of them ranked together, so that they stay in the processor's cache
 

@@ -40,7 +40,7 @@ def train_index(layout: Layout, sample: Float32[np.ndarray, "rows dim"], cells: 
     # With fewer vectors than centroids faiss refuses, with fewer than dimensions its OPQ writes beyond its memory (1.15.1).
     enough = np.resize(sample, (max(len(sample), 256, 2 * dim), dim))
     if layout == "sq8":
-        coarse = _coarse(spherical_centroids(enough, cells), dim)
+        coarse = coarse_index(spherical_centroids(enough, cells))
         index = faiss.IndexIVFScalarQuantizer(
             coarse, dim, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
         )
@@ -50,7 +50,7 @@ def train_index(layout: Layout, sample: Float32[np.ndarray, "rows dim"], cells: 
         return index
     rotation = _rotation(enough, num_codes(layout, dim))
     turned = rotation.apply(enough)
-    coarse = _coarse(spherical_centroids(turned, cells), dim)
+    coarse = coarse_index(spherical_centroids(turned, cells))
     kind = faiss.IndexIVFPQ if layout == "paper" else faiss.IndexIVFPQFastScan
     index = kind(coarse, dim, cells, num_codes(layout, dim), BITS_PER_CODE[layout], faiss.METRIC_INNER_PRODUCT)
     coarse.this.disown()
@@ -165,8 +165,7 @@ def nearest_centroids(
     centroids: Float32[np.ndarray, "cells dim"], vectors: Float32[np.ndarray, "rows dim"], count: int
 ) -> Int[np.ndarray, "rows count"]:
     """The `count` centroids with the largest inner product with each vector, best first."""
-    coarse = _coarse(centroids, centroids.shape[1])
-    return coarse.search(np.ascontiguousarray(vectors), count)[1]
+    return coarse_index(centroids).search(np.ascontiguousarray(vectors), count)[1]
 
 
 def num_cells(index: Any) -> int:
@@ -189,9 +188,9 @@ def _nearest_cells(index: Any, vectors: Float32[np.ndarray, "rows dim"], count: 
     return faiss.extract_index_ivf(index).quantizer.search(np.ascontiguousarray(vectors), count)
 
 
-def _coarse(centroids: Float32[np.ndarray, "cells dim"], dim: int) -> Any:
+def coarse_index(centroids: Float32[np.ndarray, "cells dim"]) -> Any:
     """What finds the cells of a vector: every centroid compared, or the best by short codes compared again."""
-    faiss = faiss_module()
+    faiss, dim = faiss_module(), centroids.shape[1]
     if len(centroids) < MANY_CELLS:
         index = faiss.IndexFlatIP(dim)
     else:

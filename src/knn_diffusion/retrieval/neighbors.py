@@ -15,7 +15,7 @@ from torch import Tensor
 from knn_diffusion.checkpoint import atomic_write_bytes
 from knn_diffusion.errors import UsageError
 from knn_diffusion.retrieval.cell_join import UnfinishedTable, join_cells, lay_out
-from knn_diffusion.retrieval.dedup import DedupConfig, duplicates, first_different, gather
+from knn_diffusion.retrieval.dedup import OFF, DedupConfig, duplicates, first_different, gather
 from knn_diffusion.retrieval.segments import Snapshot, npy_bytes
 from knn_diffusion.retrieval.store import Store
 
@@ -163,16 +163,35 @@ class _Finder:
         excluded: Int[np.ndarray, "queries excluded"],
         places: Int[np.ndarray, "queries fetch"],
     ) -> Int[np.ndarray, "queries k"]:
-        """The first k of the candidates that are neither excluded nor copies, a bounded number of queries at a time."""
+        """The first k of the candidates that are neither excluded nor copies.
+
+        Most lists repeat nothing among their first k, and then no more than these must be looked at.
+        """
+        allowed = np.where((places[:, :, None] == excluded[:, None, :]).any(-1), ABSENT, places)
+        first = np.take_along_axis(allowed, np.argsort(allowed < 0, axis=1, kind="stable")[:, : self.k], 1)
+        first = np.pad(first, ((0, 0), (0, self.k - first.shape[1])), constant_values=ABSENT)
+        if self.rule == OFF:
+            return first
+        out = self._different(queries, excluded, first)
+        short = np.flatnonzero(out[:, -1] < 0)
+        out[short] = self._different(queries[torch.from_numpy(short)], excluded[short], allowed[short])
+        return out
+
+    def _different(
+        self,
+        queries: Float[Tensor, "queries dim"],
+        excluded: Int[np.ndarray, "queries excluded"],
+        places: Int[np.ndarray, "queries candidates"],
+    ) -> Int[np.ndarray, "queries k"]:
+        """The first k that are there and no copies, of the query or each other; a bounded number of queries at a time."""
         out = np.empty((len(places), self.k), np.int64)
         step = max(1, _MAX_VALUES // (places.shape[1] * self.store.encoder.dim))
         for start in range(0, len(places), step):
             some = slice(start, start + step)
             shape = places[some].shape
-            vectors, pictures = (part.to(self.device) for part in self._gather(places[some].ravel()))
+            vectors, pictures = (part.to(self.device) for part in self._gather(np.maximum(places[some], 0).ravel()))
             vectors, pictures = vectors.view(*shape, -1), pictures.view(*shape, -1)
-            allowed = ~(places[some][:, :, None] == excluded[some][:, None, :]).any(-1)
-            valid = torch.from_numpy(allowed).to(self.device)
+            valid = torch.from_numpy(places[some] >= 0).to(self.device)
             valid &= ~duplicates(queries[some], self._pictures(excluded[some]), vectors, pictures, self.rule)
             chosen = first_different(vectors, pictures, valid, self.k, self.rule).cpu().numpy()
             out[some] = np.where(chosen < 0, ABSENT, np.take_along_axis(places[some], np.maximum(chosen, 0), 1))

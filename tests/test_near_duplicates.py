@@ -184,7 +184,7 @@ def test_copies_are_reported_drawn_and_removed_when_told_to(tmp_path: Path, caps
     lines = [json.loads(line) for line in (tmp_path / "copies.jsonl").read_text().splitlines()]
     assert [Path(line["source"]).name for line in lines] == ["1-1.png", "1-2.png"]
     with Image.open(tmp_path / "copies.png") as sheet:
-        assert sheet.width > 8 * 96
+        assert sheet.width > 3 * 96
     assert main([*command, "--apply"]) == 0
     assert json.loads(capsys.readouterr().out)["removed"] is True
     with ImageIndex.open(place, ColourEncoder()) as index:

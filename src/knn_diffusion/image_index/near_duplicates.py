@@ -72,18 +72,20 @@ class NearDuplicateReport:
         Raises: UsageError when there is nothing to show; KnnDiffusionError when it cannot be written.
         """
         blank = Image.new("RGB", (CELL, CELL), "white")
+        groups = self.groups[:SHOWN_GROUPS]
+        columns = 1 + min(max(map(len, groups), default=0), SHOWN_COPIES)
         cells: list[Image.Image] = []
         labels: list[str] = []
-        for group in self.groups[:SHOWN_GROUPS]:
+        for group in groups:
             shown = group[:SHOWN_COPIES]
             row = [preview(group[0].kept_id), *(preview(copy.id) for copy in shown)]
-            said = [f"stays, {len(group)} repeat it", *(f"{copy.cosine:.4f}" for copy in shown)]
-            missing = 1 + SHOWN_COPIES - len(row)
+            said = [f"stays for {len(group)}", *(f"{copy.cosine:.4f}" for copy in shown)]
+            missing = columns - len(row)
             cells += [picture or blank for picture in row] + [blank] * missing
             labels += said + [""] * missing
         if not cells:
             raise UsageError("expected near-duplicates to draw, there are none: leave the picture out")
-        sheet = grid(cells, columns=1 + SHOWN_COPIES, cell=CELL, labels=labels)
+        sheet = grid(cells, columns=columns, cell=CELL, labels=labels)
         with atomic_path(path) as temporary:
             sheet.save(temporary, format=_format(path))
 

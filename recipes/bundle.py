@@ -35,8 +35,8 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--hardware", default="", help="what it was trained on, in words")
     parser.add_argument("--report", type=Path, help="report.json of knn-diffusion evaluate, for the card's scores")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="λ chosen on validation prompts")
-    parser.add_argument("--k", type=int, default=5, help="neighbors, chosen likewise")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="λ chosen on validation prompts")
+    parser.add_argument("--k", type=int, default=7, help="neighbors, chosen likewise")
     parser.add_argument("--query-weight", type=float, default=1.0, help="share of the text in the query slot, likewise")
     options = parser.parse_args()
     with atomic_folder(options.bundle) as folder:

@@ -31,13 +31,13 @@ def main() -> None:
         rng = random.Random(f"index {options.seed} {concept.name}")
         for turn in range(colours):
             colour = stickers.COLOURS[(number + turn * len(stickers.COLOURS) // colours) % len(stickers.COLOURS)]
+            # Never mirrored: neighbors that look two ways are blended into what looks neither way.
             scene = stickers.one_object_scene(
                 concept,
                 colour,
                 rng.getrandbits(32),
                 background=rng.choice(stickers.BACKGROUNDS),
                 outlined=rng.random() < 0.5,
-                flipped=rng.random() < 0.5,
             )
             name = f"{concept.name} on {colour}.png".replace("/", "-")
             stickers.draw(scene, options.size, glyphs).save(options.folder / name)

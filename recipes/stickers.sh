@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The bundled model from nothing, with one command:
 #
-#     recipes/stickers.sh cpu [MINUTES]     one core, about two hours
+#     recipes/stickers.sh cpu [MINUTES]     two cores, about two and a half hours
 #     recipes/stickers.sh gpu [MINUTES]     one GPU
 #
 # Every training stage stops after MINUTES (default: never) and goes on when the same command is run again, so the recipe

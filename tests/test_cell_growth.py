@@ -19,6 +19,7 @@ from knn_diffusion.retrieval.dedup import OFF
 from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.kept import KeptIndex, Shape, cache_problem
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
+from knn_diffusion.retrieval.segments import CompactedError
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 
 DIM = 16
@@ -235,6 +236,33 @@ def test_what_was_purged_leaves_the_cells_in_the_background_when_it_is_much(
         retriever = LocalRetriever(store, EVERYWHERE, OFF)
         assert found(retriever, 40) == by_hand(store, 40)
         assert in_cells(retriever) == 230
+
+
+def test_a_snapshot_older_than_what_left_the_cells_is_refused_instead_of_answered_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with filled(None) as store:
+        retriever = LocalRetriever(store, EVERYWHERE, OFF)
+        retriever.prepare()
+        monkeypatch.setattr(cell_engine, "TAIL_ROWS", 8)
+        for change in (
+            lambda: store.remove([str(n) for n in range(100)]),
+            lambda: (store.remove(["200"]), add(store, range(400, 420))),
+        ):
+            old = store.snapshot()
+            change()
+            store.compact()
+            assert found(retriever) == by_hand(store)
+            retriever.prepare()
+            with pytest.raises(CompactedError, match="take a new one"):
+                retriever._search(old, None, OFF, False).run(
+                    QUERIES / np.linalg.norm(QUERIES, axis=1, keepdims=True), 9, [np.zeros(0, int)] * 4, Reach(probes=8)
+                )
+            snapshots = iter([old])
+            with monkeypatch.context() as late:
+                late.setattr(store, "snapshot", lambda now=store.snapshot, those=snapshots: next(those, None) or now())
+                assert found(retriever) == by_hand(store)
+            assert next(snapshots, None) is None
 
 
 def test_a_store_that_grows_and_shrinks_for_long_keeps_its_cells_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,17 @@ def ids(group: int) -> list[str]:
     return [id_of(GROUP * group + place) for place in range(GROUP)]
 
 
+GROUPS: dict[str, int] = {}
+"""The group of every image there may have been; a search that waited long finds what there was when it began."""
+
+
+def group_of(one: str, end: int) -> int:
+    """The group before `end` that the image is of, -1 when it is of none."""
+    for group in range(len(GROUPS) // GROUP, end):
+        GROUPS.update(dict.fromkeys(ids(group), group))
+    return GROUPS.get(one, -1)
+
+
 def search(retriever: LocalRetriever, newest: int) -> tuple[int, str | None]:
     """The newest group seen, and what is wrong with what was seen."""
     k = GROUP * WINDOW
@@ -57,14 +68,13 @@ def search(retriever: LocalRetriever, newest: int) -> tuple[int, str | None]:
         return newest, f"a state that never was: {sources}"
     if len(groups) not in (WINDOW, WINDOW + 1):
         return newest, f"{len(groups)} groups at a time"
-    known = {one: group for group in range(groups[0] - 60, groups[-1] + 60) if group >= 0 for one in ids(group)}
-    ours = {known.get(one, -1) for one in found.ids[0]}
+    ours = {group_of(one, groups[-1] + 60) for one in found.ids[0]}
     runs = [first for first in range(min(ours), min(ours) + 2) if ours <= set(range(first, first + WINDOW + 1))]
     if -1 in ours or not runs or found.shortfall[0]:
         return newest, f"found images of {sorted(ours)}"
     own = direction(newest).astype(np.float16).astype(np.float64)
     for one, vector, score in zip(found.ids[0], found.embeddings[0], found.scores[0], strict=True):
-        expected = direction(known[one]).astype(np.float16).astype(np.float64)
+        expected = direction(GROUPS[one]).astype(np.float16).astype(np.float64)
         if not np.array_equal(vector, expected.astype(np.float32)):
             return newest, f"the vector of another image for {one}"
         if abs(expected @ own / np.linalg.norm(expected) / np.linalg.norm(own) - score) > 2e-3:

@@ -33,7 +33,7 @@ from knn_diffusion.retrieval.cells import (
 from knn_diffusion.retrieval.engines import Allowed, ExactEngine, unit_vectors
 from knn_diffusion.retrieval.kept import FACTS, RETRAINING, KeptIndex, Part, Shape
 from knn_diffusion.retrieval.plan import Plan, Reach, training_points
-from knn_diffusion.retrieval.segments import Snapshot
+from knn_diffusion.retrieval.segments import CompactedError, Snapshot
 from knn_diffusion.retrieval.store import Store
 
 Progress = Callable[[str, int, int], None]
@@ -85,6 +85,8 @@ class CellEngine:
         if anew:
             self._kept.publish(self.num_records)
         self._tail = ExactEngine(store, self.num_records)
+        # Made, or swept by another process, without what was purged by now: snapshots from before would miss it.
+        self._generation = store.snapshot().generation
 
     @property
     def trained(self) -> tuple[Any, int]:
@@ -126,6 +128,10 @@ class CellEngine:
         """See Engine; the faiss indexes themselves are never changed by a request."""
         with self._lock:
             parts, tail = self._parts, self._tail
+            if snapshot.generation < self._generation:
+                raise CompactedError(
+                    "the cells no longer hold what an older snapshot shows: take a new one and ask again"
+                )
         end, held = parts[-1].num_records, sum(part.index.ntotal for part in parts)
         inside = min(snapshot.records.row_from(end), snapshot.num_rows)
         depth = min(max(count * reach.depth, LEAST_DEPTH), max(held, 1))
@@ -191,6 +197,7 @@ class CellEngine:
             added = replace(added, index=merged(parts.pop().index, added.index))
         with self._lock:
             self._parts, self._tail = (*parts, added), ExactEngine(self._store, added.num_records)
+            self._generation = max(self._generation, snapshot.generation)
         if added.index.ntotal >= KEPT_ROWS:
             self._kept.keep_part(added.index, snapshot, range(parts[-1].num_records, added.num_records))
 
@@ -204,6 +211,7 @@ class CellEngine:
         swept = Loaded(index=whole, num_records=self.num_records)
         with self._lock:
             self._parts = (swept,)
+            self._generation = max(self._generation, snapshot.generation)
         self._kept.keep_part(whole, snapshot, range(swept.num_records))
 
 

@@ -21,7 +21,7 @@ from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.engines import Allowed, Engine, ExactEngine, FewRowsEngine
 from knn_diffusion.retrieval.kept import KeptIndex, kept_cells
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, Reach, plan_for
-from knn_diffusion.retrieval.ranking import RowsInMemory, Search, Vectors, answer
+from knn_diffusion.retrieval.ranking import Ranked, RowsInMemory, Search, Vectors, answer
 from knn_diffusion.retrieval.segments import Snapshot, unit_rows
 from knn_diffusion.retrieval.store import Store
 from knn_diffusion.shapes import Neighbors
@@ -167,10 +167,13 @@ class LocalRetriever:
 
         Returns: rows, -1 where fewer than k are left, and cosines, 0 there. Raises: as `search`.
         """
-        snapshot = self.store.snapshot()
-        units = self._checked(queries, k, None, snapshot)
-        search = self._search(snapshot, where, OFF, drop_copies=False)
-        return search.run(units, k, [_NONE] * len(units), reach or self.settings.image)
+
+        def read(snapshot: Snapshot) -> Ranked:
+            units = self._checked(queries, k, None, snapshot)
+            search = self._search(snapshot, where, OFF, drop_copies=False)
+            return search.run(units, k, [_NONE] * len(units), reach or self.settings.image)
+
+        return self.store.consistently(read)
 
     def _checked(
         self,

@@ -279,9 +279,45 @@ def test_a_read_only_index_is_not_changed(run: Any, index: Path, pictures: Path,
         opened.save(tmp_path / "sealed", sealed=True)
         first = opened.ids[0]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sealed").rglob("*")}
-    for change in (["add", tmp_path / "sealed", pictures], ["remove", tmp_path / "sealed", first]):
+    for change in (
+        ["add", tmp_path / "sealed", pictures],
+        ["remove", tmp_path / "sealed", first],
+        ["dedup", tmp_path / "sealed", "--apply"],
+    ):
         fails(run("index", *change), 1, "read-only: build one of your own")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "sealed").rglob("*")} == before
+
+
+def test_copies_are_shown_written_and_drawn_before_any_is_removed(run: Any, index: Path, tmp_path: Path) -> None:
+    command = ["index", "dedup", index, "--threshold", 0.999, "--manhattan", 2]
+    pink, touched = Image.new("RGB", (20, 20), (250, 0, 250)), Image.new("RGB", (20, 20), (251, 0, 250))
+    pink.save(tmp_path / "pink.png")
+    touched.save(tmp_path / "touched.png")
+    assert run("index", "add", index, tmp_path / "pink.png", tmp_path / "touched.png").code == 0
+    table, sheet = tmp_path / "copies.csv", tmp_path / "copies.png"
+    told = run(*command, "--report", table, "--picture", sheet, "--json").json
+    assert (told["count"], told["copies"], told["groups"], told["removed"]) == (14, 1, 1, 0)
+    assert told["largest"][0]["source"].endswith("pink.png")
+    assert told["largest"][0]["copies"][0]["source"].endswith("touched.png")
+    assert len(table.read_text().splitlines()) == 2
+    assert open_image(sheet).width > 200
+    assert run("index", "info", index, "--json").json["count"] == 14
+    lines = run(*command, "--apply").out.splitlines()
+    assert lines[-2].startswith(
+        "removed 1 of 14 images, copies of 1 that stay (cosine ≥ 0.999, pictures within 2 levels)"
+    )
+    assert run("index", "info", index, "--json").json["count"] == 13
+    after = run(*command, "--picture", tmp_path / "nothing.png")
+    assert after.out.startswith("would remove 0 of 13 images")
+    assert "no picture was drawn" in after.err
+    assert not (tmp_path / "nothing.png").exists()
+
+
+def test_wrong_uses_of_dedup_are_refused_before_the_work(run: Any, index: Path, tmp_path: Path) -> None:
+    fails(run("index", "dedup", index, "--threshold", 1.5), 2, "threshold must be in (0, 1], got 1.5")
+    fails(run("index", "dedup", index, "--threshold", "nan"), 2, "threshold must be in (0, 1], got nan")
+    fails(run("index", "dedup", index, "--report", tmp_path / "copies.txt"), 2, "expected a .csv or .jsonl file")
+    fails(run("index", "dedup", tmp_path / "nowhere"), 1, "nowhere")
 
 
 def test_building_from_nothing_readable_fails(run: Any, model: Path, tmp_path: Path) -> None:

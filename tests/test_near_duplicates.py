@@ -1,7 +1,8 @@
-"""De-duplication of a whole index: greedy and first come first kept, exact or by cells, whatever the order of work."""
+"""De-duplication of a whole index: greedy, the first one stays, by every pair or by cells, whatever the order of work."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -10,12 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from store_world import TOY
-from test_image_index import ColourEncoder
 
-from knn_diffusion.cli import main
-from knn_diffusion.errors import ConfigError, UsageError
+from knn_diffusion.errors import ConfigError, StoreError, UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.retrieval import cell_join, near_duplicates, neighbors
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
@@ -23,14 +20,15 @@ from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule, NearDupli
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 
+TOY = EncoderIdentity(name="toy", fingerprint="f" * 16, dim=2)
+
 
 def add(store: Store, vectors: np.ndarray, levels: np.ndarray | None = None) -> None:
     first = store.snapshot().num_rows
     contents = [hashlib.sha256(str(first + n).encode()).hexdigest() for n in range(len(vectors))]
     thumbnails = None if levels is None else np.repeat(levels[:, None], 192, 1).astype(np.uint8)
-    store.append(
-        [Item(source=f"{n}.png", content=one, id=one[:16]) for n, one in enumerate(contents)], vectors, thumbnails
-    )
+    items = [Item(source=f"{first + n}.png", content=one, id=str(first + n)) for n, one in enumerate(contents)]
+    store.append(items, vectors, thumbnails)
 
 
 def store_of(vectors: np.ndarray, levels: np.ndarray | None = None) -> Store:
@@ -123,82 +121,171 @@ def test_a_join_of_all_cells_is_exact_whatever_order_they_come_in(
             np.testing.assert_array_equal(getattr(joined, name), getattr(exact, name))
 
 
-def test_cells_find_nearly_all_planted_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def planted(count: int) -> tuple[np.ndarray, int]:
+    """Images that lie apart, and behind them a near-copy (cosine about .97) of every twentieth."""
     random = np.random.default_rng(0)
-    originals = random.standard_normal((1800, 24))
-    copies = originals[:200] + 0.02 * random.standard_normal((200, 24))
-    with store_of(np.concatenate([originals, copies])) as store:
-        assert pairs(found(store)) == {1800 + number: number for number in range(200)}
-        monkeypatch.setattr(neighbors, "EVERY_PAIR", 10)
-        joined = found(store)
-        assert not joined.exact
-        assert len(joined.dropped) >= 196
-        assert set(pairs(joined).items()) <= {(1800 + number, number) for number in range(200)}
+    many = clumps(count, 32, 0, 0.6)
+    many /= np.linalg.norm(many, axis=1, keepdims=True)
+    copies = many[::20] + 0.25 / np.sqrt(32) * random.standard_normal((len(many[::20]), 32))
+    return np.concatenate([many, copies]), count
 
 
-def test_a_chain_of_copies_keeps_what_is_far_from_all_that_stay() -> None:
-    with store_of(at_angles(0, 10, 20, 30, 40)) as store:
-        assert pairs(found(store, threshold=float(np.cos(np.deg2rad(11))))) == {1: 0, 3: 2}
+def test_joined_cells_find_planted_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, originals = planted(4000)
+    with store_of(vectors) as store:
+        exact = pairs(found(store, 0.93))
+        monkeypatch.setattr(neighbors, "EVERY_PAIR", 1000)
+        monkeypatch.setattr(cell_join, "JOINED_CELLS", 8)
+        joined = pairs(found(store, 0.93))
+    assert sum(row >= originals for row in exact) > 180
+    assert len(exact.items() & joined.items()) > 0.97 * len(exact)
+    assert len(joined.keys() - exact.keys()) < 0.01 * len(exact)
+
+
+def test_likeness_does_not_chain() -> None:
+    with store_of(at_angles(0, 10, 20, 30)) as store:
+        assert pairs(found(store, float(np.cos(np.deg2rad(12))))) == {1: 0, 3: 2}
+
+
+def test_a_copy_goes_with_the_nearest_of_those_that_stay() -> None:
+    with store_of(at_angles(0, 30, 18)) as store:
+        assert pairs(found(store, 0.9)) == {2: 1}
+
+
+@pytest.mark.parametrize("every_pair", [1000, 0])
+def test_of_equally_near_ones_the_earliest_stays_for_a_copy(every_pair: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "EVERY_PAIR", every_pair)
+    monkeypatch.setattr(cell_join, "JOINED_CELLS", 10**6)
+    monkeypatch.setattr(near_duplicates, "ITEM_ROWS", 7)
+    lattice = np.stack(np.meshgrid(*[[-2.0, -1.0, 1.0, 2.0]] * 4), -1).reshape(-1, 4)
+    with store_of(np.random.default_rng(0).permutation(lattice)) as store:
+        cosines, same = likeness(store, store.snapshot(), 0.75, 2.0)
+        assert pairs(found(store, 0.75)) == slow_greedy(np.round(cosines, 9), same)
+
+
+def test_an_image_that_only_later_ones_repeat_stays() -> None:
+    with store_of(at_angles(40, 0, 5)) as store:
+        assert pairs(found(store)) == {2: 1}
+
+
+def test_pictures_must_confirm_what_embeddings_say() -> None:
+    levels = np.array([100, 101, 110, 101])
+    with store_of(at_angles(0, 1, 2, 90), levels) as store:
+        assert pairs(found(store)) == {1: 0}
+        assert pairs(found(store, manhattan=255.0)) == {1: 0, 2: 0}
+
+
+def test_where_a_picture_is_missing_the_embeddings_decide() -> None:
+    with store_of(at_angles(0, 90), np.array([0, 9])) as store:
+        add(store, at_angles(1, 91))
+        assert pairs(found(store)) == {2: 0, 3: 1}
+
+
+def test_threshold_1_finds_equal_vectors_and_nothing_else() -> None:
+    vectors = clumps(40, 48, 0)
+    with store_of(np.concatenate([vectors, vectors])) as store:
+        result = found(store, 1.0)
+        assert pairs(result) == {40 + n: n for n in range(40)}
+        assert (result.cosines == 1).all()
+
+
+def test_removed_images_neither_go_nor_stay_for_others() -> None:
+    with store_of(at_angles(0, 1, 2, 3)) as store:
+        store.remove(["0", "2"])
+        assert pairs(found(store)) == {3: 1}
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_nothing_repeats_in_an_index_of_one_image_or_none(count: int) -> None:
-    with store_of(at_angles(0, 10)[:count].reshape(count, 2)) if count else Store.create(None, TOY) as store:
+def test_no_two_images_no_copies(count: int) -> None:
+    with Store.create(None, TOY) as store:
+        if count:
+            add(store, at_angles(7))
         assert pairs(found(store)) == {}
 
 
-@pytest.mark.parametrize("threshold", [0.0, -0.5, 1.01, float("nan")])
-def test_an_impossible_threshold_is_refused(threshold: float) -> None:
-    with pytest.raises(ConfigError, match="threshold"):
-        NearDuplicateRule(threshold=threshold)
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "index", TOY) as store:
+        add(store, at_angles(0, 1))
+    path = next((tmp_path / "index").rglob("*.embeddings.npy"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with Store.open(tmp_path / "index") as store, pytest.raises(StoreError, match="is damaged"):
+        found(store)
 
 
-def test_the_rule_is_stricter_than_that_of_neighbor_lists() -> None:
-    assert NearDuplicateRule.stricter_than(DedupConfig(cosine=0.98)).threshold == pytest.approx(0.99)
-    assert NearDuplicateRule.stricter_than(DedupConfig(cosine=0.8)).threshold == 0.95
-    assert NearDuplicateRule.stricter_than(OFF) == NearDuplicateRule(threshold=0.95, manhattan=2.0)
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.0001, float("nan")])
+def test_impossible_thresholds_are_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"threshold must be in \(0, 1\], got "):
+        NearDuplicateRule(threshold=value)
 
 
-def sheet_of_copies(folder: Path) -> Path:
-    """Four pictures, one of them three times with a grey level of difference."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for number in range(4):
-        pixels = random.integers(0, 250, (16, 16, 3), np.uint8)
-        for copy in range(3 if number == 1 else 1):
-            Image.fromarray(pixels + np.uint8(copy)).save(folder / f"{number}-{copy}.png")
-    return folder
+@pytest.mark.parametrize("value", [-1.0, 256.0, float("nan")])
+def test_impossible_differences_of_pictures_are_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match="manhattan must be in 0 … 255, got "):
+        NearDuplicateRule(manhattan=value)
 
 
-def test_copies_are_reported_drawn_and_removed_when_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = tmp_path / "index"
-    with ImageIndex.build(sheet_of_copies(tmp_path / "photos"), place, ColourEncoder()) as index:
-        stays = index.dedup(0.99)
-        assert [Path(copy.source).name for copy in stays.copies] == ["1-1.png", "1-2.png"]
-        assert {Path(copy.kept_source).name for copy in stays.copies} == {"1-0.png"}
-        assert (stays.removed, len(index)) == (False, 6)
-    command = ["index", "dedup", str(place), "--threshold", "0.99", "--json"]
-    assert main([*command, "--report", str(tmp_path / "copies.jsonl"), "--picture", str(tmp_path / "copies.png")]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["images"], told["copies"], told["groups"], told["removed"]) == (6, 2, 1, False)
+@pytest.mark.parametrize(
+    ("lists", "threshold", "manhattan"),
+    [(DedupConfig(), 0.95, 2.0), (DedupConfig(cosine=0.98, manhattan=1.0), 0.99, 1.0), (OFF, 0.95, 2.0)],
+)
+def test_what_is_deleted_is_nearer_than_what_lists_leave_out(
+    lists: DedupConfig, threshold: float, manhattan: float
+) -> None:
+    rule = NearDuplicateRule.stricter_than(lists)
+    assert (rule.threshold, rule.manhattan) == (pytest.approx(threshold), manhattan)
+    assert NearDuplicateRule.stricter_than(DedupConfig(cosine=0.5)).threshold == 0.95
+
+
+def test_nothing_goes_before_it_is_asked_for_and_then_all_at_once() -> None:
+    with ImageIndex(store_of(at_angles(0, 1, 2, 90, 91, 45))) as index:
+        report = index.dedup()
+        assert (report.count, report.num_copies, report.num_groups, len(index)) == (6, 3, 2, 6)
+        report.remove()
+        assert index.ids == ["0", "3", "5"]
+        assert index.dedup().num_copies == 0
+
+
+def test_groups_come_largest_first_with_some_of_their_copies() -> None:
+    with ImageIndex(store_of(at_angles(90, 0, 91, 1, 2, 3))) as index:
+        first, second = index.dedup(threshold=0.9).groups(copies=2)
+        assert (first.kept, first.source, first.size, len(first.copies)) == ("1", "1.png", 3, 2)
+        assert [copy.id for copy in second.copies] == ["2"]
+        assert second.copies[0].cosine == pytest.approx(np.cos(np.deg2rad(1)), abs=1e-3)
+        assert len(index.dedup().groups(1)) == 1
+
+
+def test_a_copy_is_not_removed_when_the_one_that_stays_for_it_is_gone() -> None:
+    with ImageIndex(store_of(at_angles(0, 1, 90, 91))) as index:
+        report = index.dedup()
+        index.remove(["2"])
+        with pytest.raises(UsageError, match="got '2' .* nothing was removed"):
+            report.remove()
+        assert index.ids == ["0", "1", "3"]
+
+
+def test_a_read_only_index_is_looked_at_but_not_changed(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "index", TOY) as store:
+        add(store, at_angles(0, 1))
+    with ImageIndex.open(tmp_path / "index", read_only=True) as index:
+        report = index.dedup()
+        assert report.num_copies == 1
+        with pytest.raises(StoreError, match="index is read-only: save a copy of it"):
+            report.remove()
+        assert len(index) == 2
+
+
+def test_tables_hold_every_copy(tmp_path: Path) -> None:
+    with ImageIndex(store_of(at_angles(0, 1, 90, 91))) as index:
+        report = index.dedup()
+        report.write(tmp_path / "copies.jsonl")
+        report.write(tmp_path / "copies.csv")
+        with pytest.raises(UsageError, match=r"expected a .csv or .jsonl file for the table of copies, got .*x.txt"):
+            report.write(tmp_path / "x.txt")
     lines = [json.loads(line) for line in (tmp_path / "copies.jsonl").read_text().splitlines()]
-    assert [Path(line["source"]).name for line in lines] == ["1-1.png", "1-2.png"]
-    with Image.open(tmp_path / "copies.png") as sheet:
-        assert sheet.width > 3 * 96
-    assert main([*command, "--apply"]) == 0
-    assert json.loads(capsys.readouterr().out)["removed"] is True
-    with ImageIndex.open(place, ColourEncoder()) as index:
-        assert len(index) == 4
-        assert not index.dedup(0.99).copies
-
-
-def test_a_bundled_index_is_looked_at_but_not_changed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["index", "dedup", "stickers", "--apply"]) == 1
-    assert "read-only" in capsys.readouterr().err
-
-
-def test_a_picture_needs_an_ending_that_says_its_format(tmp_path: Path) -> None:
-    with ImageIndex.build(sheet_of_copies(tmp_path / "photos"), None, ColourEncoder()) as index:
-        with pytest.raises(UsageError, match=r"copies\.xyz"):
-            index.dedup(0.99).write_picture(tmp_path / "copies.xyz", index.preview)
-        assert not (tmp_path / "copies.xyz").exists()
+    assert [(one["id"], one["kept"], one["source"], one["kept_source"]) for one in lines] == [
+        ("1", "0", "1.png", "0.png"),
+        ("3", "2", "3.png", "2.png"),
+    ]
+    with (tmp_path / "copies.csv").open(newline="") as file:
+        assert [{**one, "cosine": float(one["cosine"])} for one in csv.DictReader(file)] == lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copies.csv", "copies.jsonl"]

@@ -76,7 +76,7 @@ def add(
 
     Example: knn-diffusion index add my-index new/*.png
     """
-    opened, spread = _changeable(index), _spread(ray, ray_address, ray_gpus)
+    opened, spread = changeable(index), _spread(ray, ray_address, ray_gpus)
     with progress() as show:
         report = opened.add(images, progress=show, ray=spread)
     if report.skipped and not report.added and not report.already_present:
@@ -102,7 +102,7 @@ def remove(
 
     Example: knn-diffusion index remove my-index a84b30e388373848
     """
-    opened = _changeable(index)
+    opened = changeable(index)
     opened.remove(ids)
     result = {"removed": len(set(ids)), "count": len(opened)}
     answer(result, as_json, lambda: iter([f"removed {result['removed']}, {result['count']:,} images are left"]))
@@ -180,7 +180,8 @@ def _spread(ray: bool, address: str | None, gpus: float) -> RayConfig | None:
     return RayConfig(address=address, gpus_per_worker=gpus) if ray else None
 
 
-def _changeable(index: str) -> ImageIndex:
+def changeable(index: str) -> ImageIndex:
+    """The index of that name, opened to be changed. Raises: StoreError when it is read-only."""
     from knn_diffusion.image_index import ImageIndex
 
     opened = ImageIndex.open(index)

@@ -1,22 +1,23 @@
-"""`index dedup`: images that repeat others leave an index."""
+"""`index dedup`: images that repeat others are shown, and removed when asked to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from knn_diffusion.cli.index import IndexArgument
-from knn_diffusion.cli.terminal import JsonOption, answer, progress
-from knn_diffusion.errors import StoreError
+from knn_diffusion.cli.index import IndexArgument, changeable
+from knn_diffusion.cli.terminal import JsonOption, answer, progress, say
 
 if TYPE_CHECKING:
-    from knn_diffusion.image_index.near_duplicates import NearDuplicateReport
+    from knn_diffusion.image_index import DedupReport, ImageIndex
+    from knn_diffusion.image_index.dedup import Group
 
-GROUPS_TOLD = 5
+GROUPS_SHOWN = 10
+PICTURED_COPIES = 7
 
 
 def dedup(
@@ -24,63 +25,75 @@ def dedup(
     *,
     threshold: Annotated[
         float | None,
-        typer.Option(
-            "--threshold", help="Least cosine of a copy; default: stricter than for neighbors.", show_default=False
-        ),
+        typer.Option("--threshold", metavar="COSINE", help="Least cosine of a copy; default: by the index, ≥ 0.95."),
     ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Remove the copies; else they are only reported.")] = False,
-    table: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Every copy as a line of JSON.", show_default=False)
+    manhattan: Annotated[
+        float | None,
+        typer.Option("--manhattan", metavar="LEVELS", help="Most that its 8×8 picture differs, of 255; default: 2."),
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Remove the copies; without it nothing is changed.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write all copies, .csv or .jsonl.", show_default=False),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option("--picture", metavar="FILE", help="Draw the largest groups.", show_default=False)
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="Draw the largest groups into a PNG.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find images that show the same picture as one added before them, and remove them when told to.
+    """Find images that repeat an earlier one of the index, and remove them with --apply.
 
-    Example: knn-diffusion index dedup my-index --picture copies.png
+    Example: knn-diffusion index dedup my-index --report copies.csv --picture copies.png
     """
     from knn_diffusion.image_index import ImageIndex
+    from knn_diffusion.image_index.dedup import require_table
 
-    with ImageIndex.open(index) as opened, progress() as show:
-        if apply and opened.read_only:
-            raise StoreError(f"expected an index that can be changed, {index} is read-only: leave --apply out")
-        found = opened.dedup(threshold, progress=show)
-        if table is not None:
-            found.write_table(table)
-        if picture is not None and found.copies:
-            found.write_picture(picture, opened.preview)
+    if report is not None:
+        require_table(report)
+    with changeable(index) if apply else ImageIndex.open(index, read_only=True) as opened, progress() as show:
+        found = opened.dedup(threshold=threshold, manhattan=manhattan, progress=show)
+        groups = found.groups(GROUPS_SHOWN, PICTURED_COPIES)
+        if report is not None:
+            found.write(report)
+        if picture is not None:
+            _draw(opened, groups, picture)
         if apply:
-            opened.remove([copy.id for copy in found.copies])
-            found = replace(found, removed=True)
-        answer(_result(found), as_json, lambda: _lines(found, index))
+            found.remove()
+    shown = [asdict(group) for group in groups]
+    result = {**found.to_dict(), "removed": found.num_copies if apply else 0, "largest": shown}
+    answer(result, as_json, lambda: _lines(found, groups, apply))
 
 
-def _result(found: NearDuplicateReport) -> dict[str, object]:
-    groups = [
-        {"kept": group[0].kept_id, "source": group[0].kept_source, "copies": [asdict(copy) for copy in group]}
-        for group in found.groups[:GROUPS_TOLD]
-    ]
-    return {
-        "images": found.images,
-        "copies": len(found.copies),
-        "groups": len(found.groups),
-        "threshold": found.rule.threshold,
-        "manhattan": found.rule.manhattan,
-        "every_pair": found.exact,
-        "removed": found.removed,
-        "largest": groups,
-    }
+def _lines(found: DedupReport, groups: list[Group], removed: bool) -> Iterator[str]:
+    for group in groups:
+        yield f"{group.kept}  {group.source}"
+        for copy in group.copies:
+            yield f"  {copy.cosine:.3f}  {copy.id}  {copy.source}"
+        if group.size > len(group.copies):
+            yield f"  and {group.size - len(group.copies):,} more"
+    if found.num_groups > len(groups):
+        yield f"and {found.num_groups - len(groups):,} more groups"
+    rule = f"cosine ≥ {found.rule.threshold:g}, pictures within {found.rule.manhattan:g} levels"
+    verb = "removed" if removed else "would remove"
+    yield f"{verb} {found.num_copies:,} of {found.count:,} images, copies of {found.num_groups:,} that stay ({rule})"
+    if found.num_copies:
+        yield "index compact takes them off the disk" if removed else "--apply removes them"
 
 
-def _lines(found: NearDuplicateReport, index: str) -> Iterator[str]:
-    rule = f"cosine at least {found.rule.threshold:g}, 8×8 pictures within {found.rule.manhattan:g} levels"
-    others = f"{len(found.groups):,} others" if found.copies else "others"
-    yield f"{len(found.copies):,} of {found.images:,} images repeat {others} ({rule})"
-    for group in found.groups[:GROUPS_TOLD]:
-        yield f"  {group[0].kept_source} stays for {len(group):,}, such as {group[0].source} ({group[0].cosine:.4f})"
-    if found.removed:
-        yield f"they are removed; knn-diffusion index compact {index} takes them off the disk"
-    elif found.copies:
-        yield "nothing is removed: look at some with --picture FILE, then give --apply"
+def _draw(index: ImageIndex, groups: list[Group], path: Path) -> None:
+    """A row for each group: the image that stays, then those that go; blank where the index has no previews."""
+    from knn_diffusion.cli.sheet import BLANK, Block, contact_sheet, short_name
+    from knn_diffusion.images import save_png
+
+    if not groups:
+        say("no image repeats another: no picture was drawn")
+        return
+    rows: list[list[Block]] = []
+    for group in groups:
+        stays = (f"stays: {short_name(group.source)}", index.preview(group.kept) or BLANK)
+        goes = [
+            (f"{copy.cosine:.3f} {short_name(copy.source)}", index.preview(copy.id) or BLANK) for copy in group.copies
+        ]
+        rows.append([[stays], goes])
+    save_png(contact_sheet(rows), path)

@@ -1,7 +1,8 @@
 """Images to retrieve from, with the encoder that placed them: build, open, add, remove, search."""
 
+from knn_diffusion.image_index.dedup import DedupReport
 from knn_diffusion.image_index.distributed import RayConfig
 from knn_diffusion.image_index.index import ImageIndex
 from knn_diffusion.image_index.ingest import AddReport, Skipped, content_digest
 
-__all__ = ["AddReport", "ImageIndex", "RayConfig", "Skipped", "content_digest"]
+__all__ = ["AddReport", "DedupReport", "ImageIndex", "RayConfig", "Skipped", "content_digest"]

@@ -28,10 +28,10 @@ from knn_diffusion import images as pictures
 from knn_diffusion.checkpoint import atomic_folder
 from knn_diffusion.config import from_dict, to_dict
 from knn_diffusion.errors import FingerprintError, ImageError, StoreError, UsageError
+from knn_diffusion.image_index.dedup import DedupReport
 from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
 from knn_diffusion.image_index.exchange import Claim, refuse_unknown, store_for
 from knn_diffusion.image_index.ingest import AddReport, Images, Writer, embed, find_sources
-from knn_diffusion.image_index.near_duplicates import NearDuplicateReport, report_near_duplicates
 from knn_diffusion.image_index.upkeep import Upkeep
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
 from knn_diffusion.retrieval.compaction import Waste
@@ -49,7 +49,7 @@ from knn_diffusion.retrieval.interchange import (
     import_vectors,
 )
 from knn_diffusion.retrieval.kept import cache_problem
-from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule
+from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule, find_near_duplicates
 from knn_diffusion.retrieval.neighbors import Progress, neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, plan_for
 from knn_diffusion.retrieval.segments import Snapshot, unit_rows
@@ -276,6 +276,32 @@ class ImageIndex:
         self._store.remove(ids)
         self._look_after()
 
+    def dedup(
+        self,
+        *,
+        threshold: float | None = None,
+        manhattan: float | None = None,
+        device: str = "cpu",
+        progress: Progress | None = None,
+    ) -> DedupReport:
+        """Find the images that repeat an earlier one which stays; the report's `remove` takes them out of the index.
+
+        Args:
+            threshold: least cosine of a copy; None: half as far from 1 as that of neighbor lists, and at least 0.95.
+            manhattan: most that its 8×8 picture may differ, in levels of 0 … 255, where both have one; None: as in neighbor
+                lists. 255 believes the embeddings alone.
+
+        Raises: ConfigError for a threshold outside (0, 1]; StoreError when the index is damaged.
+        """
+        asked = {"threshold": threshold, "manhattan": manhattan}
+        rule = replace(NearDuplicateRule.stricter_than(self.rule), **{k: v for k, v in asked.items() if v is not None})
+
+        def read(now: Snapshot) -> DedupReport:
+            found = find_near_duplicates(self._store, now, rule, device=device, progress=progress)
+            return DedupReport(store=self._store, snapshot=now, rule=rule, found=found, removed=self._look_after)
+
+        return self._store.consistently(read)
+
     def compact(self, *, progress: Progress | None = None) -> Waste:
         """Take removed images off the disk and make many small segments few; ids, order and everything else stay.
 
@@ -296,25 +322,6 @@ class ImageIndex:
         self.upkeep = self.upkeep or Upkeep(self._store)
         self._look_after()
         return self.upkeep
-
-    def dedup(
-        self, threshold: float | None = None, *, apply: bool = False, progress: Progress | None = None
-    ) -> NearDuplicateReport:
-        """Which images repeat one that was added before them and stays, greedily, the first one staying.
-
-        Args:
-            threshold: least cosine of a copy, in (0, 1]; None is half as far from 1 as the rule of neighbor lists, and at
-                least 0.95. Where both have one, their 8×8 pictures must be alike too.
-            apply: remove them; nothing is changed otherwise.
-
-        Raises: ConfigError for another threshold; StoreError for a damaged index.
-        """
-        rule = NearDuplicateRule.stricter_than(self.rule)
-        rule = rule if threshold is None else replace(rule, threshold=threshold)
-        found = report_near_duplicates(self._store, rule, progress)
-        if apply:
-            self.remove([copy.id for copy in found.copies])
-        return replace(found, removed=apply)
 
     def waste(self) -> Waste:
         """What share of the images on the disk is removed, and what `compact` would free."""

@@ -91,10 +91,7 @@ def find_near_duplicates(
     """
     rows = snapshot.live_rows
     exact = len(rows) <= neighbors.EVERY_PAIR
-    if exact:
-        layout = _one_cell(store.embeddings(rows, snapshot))
-    else:
-        layout = lay_out(store, snapshot, None if store.read_only else store.folder, progress)
+    layout = _one_cell(store.embeddings(rows, snapshot)) if exact else lay_out(store, snapshot, None, progress)
     comparison = _Comparison(
         store=store, snapshot=snapshot, rows=rows, rule=rule, layout=layout, device=torch.device(device)
     )
@@ -218,14 +215,13 @@ def _matched(
     for own, others in comparison.blocks(gone):
         places = order[others]
         left = others[(state[places] == KEPT) & (places < order[own[-1]])]
-        for one, other, alike in comparison.repeats(own, left):
-            every, repeated = order[own[one]], order[left[other]]
-            ranked = np.lexsort((repeated, -alike, every))
-            best = ranked[np.unique(every[ranked], return_index=True)[1]]
-            copies, kept, found = every[best], repeated[best], alike[best]
-            tie = (found == cosines[copies]) & (kept < nearest[copies])
-            better = (found > cosines[copies]) | tie
-            nearest[copies[better]], cosines[copies[better]] = kept[better], found[better]
+        for one, other, found in comparison.repeats(own, left):
+            copies, kept = order[own[one]], order[left[other]]
+            ranked = np.lexsort((kept, -found, copies))
+            best = ranked[np.unique(copies[ranked], return_index=True)[1]]
+            copy, cosine = copies[best], found[best]
+            better = (cosine > cosines[copy]) | ((cosine == cosines[copy]) & (kept[best] < nearest[copy]))
+            nearest[copy[better]], cosines[copy[better]] = kept[best][better], cosine[better]
         done += len(own)
         if progress is not None:
             progress("matching copies", done, total)

@@ -267,20 +267,23 @@ class Store:
             manifest.count_previews(change.database, len(rows))
         return added
 
-    def remove(self, ids: Sequence[str]) -> None:
+    def remove(self, ids: Sequence[str], in_favor_of: Sequence[str] = ()) -> None:
         """Remove images; the next search does not see them. Their rows stay on the disk until a compaction.
+
+        Args:
+            in_favor_of: images that must be there too, such as those that the others are copies of.
 
         Raises: UsageError naming the first unknown id, before anything is removed.
         """
         with self.live.transaction() as change:
-            now = self.snapshot()
-            rows = self.rows_of(ids, now)
-            if unknown := [one for one, row in zip(ids, rows, strict=True) if row < 0]:
+            now, named = self.snapshot(), [*ids, *in_favor_of]
+            rows = self.rows_of(named, now)
+            if unknown := [one for one, row in zip(named, rows, strict=True) if row < 0]:
                 raise UsageError(
                     f"expected ids of images in {self.name}, got {unknown[0]!r} ({len(unknown)} of {len(rows)} unknown): "
                     "search the index to see its ids; nothing was removed"
                 )
-            records = now.records.of_rows(np.unique(rows))
+            records = now.records.of_rows(np.unique(rows[: len(ids)]))
             numbers = [(int(record),) for record in records]
             sql = f"UPDATE items SET deleted_at = {time.time()!r} WHERE row = ?"
             change.database.executemany(sql, numbers)

@@ -20,6 +20,7 @@ from jaxtyping import Int
 
 from knn_diffusion.errors import KnnDiffusionError, StoreError
 from knn_diffusion.retrieval import manifest
+from knn_diffusion.retrieval.items import item_line
 from knn_diffusion.retrieval.segments import SEGMENT_ROWS, THUMBNAIL_VALUES, Segment, Snapshot
 from knn_diffusion.retrieval.transaction import Transaction, new_segment
 from knn_diffusion.retrieval.verify import item_problems
@@ -134,7 +135,8 @@ def _rewritten(store: Store, snapshot: Snapshot, stretch: Stretch, folder: Path 
     made = []
     for rows in stretch.pieces():
         pictures = store.thumbnails(rows, snapshot)[0] if stretch.pictured else None
-        segment = new_segment(store.facts(rows, snapshot), store.embeddings(rows, snapshot), pictures, folder)
+        lines = list(map(item_line, store.facts(rows, snapshot)))
+        segment = new_segment(lines, store.embeddings(rows, snapshot), pictures, folder)
         segment.number = int(rows[0])  # of no other file in this folder
         if folder is not None:
             segment.write()

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -36,6 +37,7 @@ CREATE TABLE previews (row INTEGER PRIMARY KEY, picture BLOB NOT NULL, crc32 INT
 UPGRADE = (f"ALTER TABLE items ADD COLUMN {ITEM_CHECKSUM}", PURGED)
 """From format 1."""
 LOCK_SECONDS = 10.0
+_PARAMETERS = 500  # fewer than any SQLite allows in one statement
 FREED_PAGES = 4096
 """Pages given back to the disk in one transaction, 16 MiB."""
 
@@ -148,6 +150,11 @@ def rows_where(database: sqlite3.Connection, condition: str) -> Int[np.ndarray, 
 def text(value: str) -> str:
     """Text that a database can hold, also for a file name that is no valid UTF-8."""
     return value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def pieces(values: list[Any]) -> Iterator[list[Any]]:
+    """The values in lists that one statement takes as parameters."""
+    return (values[start : start + _PARAMETERS] for start in range(0, len(values), _PARAMETERS))
 
 
 def _page_size(database: sqlite3.Connection) -> int:

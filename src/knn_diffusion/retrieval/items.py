@@ -6,16 +6,18 @@ import hashlib
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
 from knn_diffusion.errors import UsageError
-from knn_diffusion.retrieval.database import text
+from knn_diffusion.retrieval.database import pieces, text
 
 ID_LENGTH = 16
+_JSON = json.JSONEncoder(default=repr)
 
 Facts = tuple[str, str, str, bytes, float]
 """Id, source, key, content digest and time of adding (seconds since 1970), as the database holds them."""
@@ -47,17 +49,24 @@ class Item:
         return self.id, text(self.source), text(self.key), bytes.fromhex(self.content), added_at
 
 
-def items_digest(items: Iterable[Facts]) -> str:
-    """SHA-256 over id, source, key, content and time of a segment's items."""
+def item_line(facts: Facts) -> bytes:
+    """What digests of an item are taken over: its id, source, key, content and time."""
+    id_, source, key, content, added_at = facts
+    digits = content.hex() if isinstance(content, bytes) else None
+    return _JSON.encode([id_, source, key, digits, added_at]).encode()
+
+
+def items_digest(lines: Iterable[bytes]) -> str:
+    """SHA-256 over the lines of a segment's items."""
     total = hashlib.sha256()
-    for facts in items:
-        total.update(_line(facts))
+    for one in lines:
+        total.update(one)
     return total.hexdigest()
 
 
-def item_crc(record: int, facts: Facts) -> int:
-    """CRC-32 of one item and its number, to be verified whenever it is read."""
-    return zlib.crc32(_line(facts), zlib.crc32(str(record).encode()))
+def item_crc(record: int, line: bytes) -> int:
+    """CRC-32 of one item's line and its number, to be verified whenever it is read."""
+    return zlib.crc32(line, zlib.crc32(str(record).encode()))
 
 
 def preview_crc(record: int, picture: bytes) -> int:
@@ -75,29 +84,31 @@ def choose(database: sqlite3.Connection, items: Sequence[Item]) -> tuple[Bool[np
 
     Raises: UsageError for an id taken by other content.
     """
+    contents = _taken(database, "content", {bytes.fromhex(item.content) for item in items})
+    ids = _taken(database, "id", {text(item.id) or item.content[:ID_LENGTH] for item in items})
     added = np.zeros(len(items), bool)
-    chosen: dict[str, Item] = {}
-    contents: set[str] = set()
+    chosen: list[Item] = []
     for place, item in enumerate(items):
-        if item.content in contents or _taken(database, "content", bytes.fromhex(item.content)):
+        content = bytes.fromhex(item.content)
+        if content in contents:
             continue
-        for id_ in [text(item.id)] if item.id else [item.content[:ID_LENGTH], item.content]:
-            if id_ not in chosen and not _taken(database, "id", id_):
-                break
-        else:
+        id_ = text(item.id) or item.content[:ID_LENGTH]
+        if id_ in ids and not item.id:  # by other content of the same beginning
+            id_ = item.content
+            ids |= _taken(database, "id", {id_})
+        if id_ in ids:
             raise UsageError(f"id {item.id!r} is taken by other content: choose another id or remove that image first")
-        contents.add(item.content)
-        chosen[id_] = replace(item, id=id_)
+        contents.add(content)
+        ids.add(id_)
+        chosen.append(replace(item, id=id_))
         added[place] = True
-    return added, list(chosen.values())
+    return added, chosen
 
 
-def _taken(database: sqlite3.Connection, column: str, value: str | bytes) -> bool:
-    sql = f"SELECT 1 FROM items WHERE deleted_at IS NULL AND {column} = ?"
-    return database.execute(sql, (value,)).fetchone() is not None
-
-
-def _line(facts: Facts) -> bytes:
-    id_, source, key, content, added_at = facts
-    digits = content.hex() if isinstance(content, bytes) else None
-    return json.dumps([id_, source, key, digits, added_at], default=repr).encode()
+def _taken(database: sqlite3.Connection, column: str, values: Set[Any]) -> set[Any]:
+    """Those of the values that an image has which is not removed."""
+    found = set()
+    for piece in pieces(list(values)):
+        sql = f"SELECT {column} FROM items WHERE deleted_at IS NULL AND {column} IN ({','.join('?' * len(piece))})"
+        found |= {value for (value,) in database.execute(sql, piece)}
+    return found

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,11 +34,21 @@ from knn_diffusion.retrieval.database import (
     connect_in_memory,
     connect_to_read,
     connect_to_write,
+    pieces,
     rows_where,
     text,
     translated_errors,
 )  # fmt: skip
-from knn_diffusion.retrieval.items import EncoderIdentity, Facts, Item, choose, item_crc, preview_crc, preview_is_sound
+from knn_diffusion.retrieval.items import (
+    EncoderIdentity,
+    Facts,
+    Item,
+    choose,
+    item_crc,
+    item_line,
+    preview_crc,
+    preview_is_sound,
+)
 from knn_diffusion.retrieval.live import LiveState
 from knn_diffusion.retrieval.segments import CURE, THUMBNAIL_VALUES, CompactedError, Snapshot, stored_rows
 from knn_diffusion.retrieval.transaction import SEGMENTS, sync
@@ -46,7 +56,6 @@ from knn_diffusion.retrieval.transaction import SEGMENTS, sync
 __all__ = ["EncoderIdentity", "Item", "Store"]
 
 Answer = TypeVar("Answer")
-_PIECE = 500  # fewer than the parameters that any SQLite allows in one statement
 
 
 class Store:
@@ -171,7 +180,7 @@ class Store:
         records = now.records.of_rows(rows).tolist()
         found: dict[int, Facts] = {}
         columns = "row, id, source, key, content, added_at" + (", crc32" if self.live.checksums else ", NULL")
-        for piece in _pieces(records):
+        for piece in pieces(records):
             sql = f"SELECT {columns} FROM items WHERE row IN ({','.join('?' * len(piece))})"
             for record, *facts, crc in self.live.query(sql, piece):
                 found[record] = _verified(self.name, record, tuple(facts), crc)
@@ -350,7 +359,7 @@ class Store:
     def _rows_by_id(self, ids: Sequence[str], snapshot: Snapshot, condition: str) -> dict[str, int]:
         """Rows that the snapshot holds as not removed."""
         found: dict[str, int] = {}
-        for piece in _pieces(list(ids)):
+        for piece in pieces(list(ids)):
             sql = f"SELECT id, row FROM items WHERE {condition} AND id IN ({','.join('?' * len(piece))})"
             for id_, record in self.live.query(sql, piece):
                 row = int(snapshot.records.rows_of(np.array([record]))[0])
@@ -370,7 +379,7 @@ class Store:
 
 
 def _verified(name: str, record: int, facts: Any, crc: int | None) -> Facts:
-    if crc is not None and item_crc(record, facts) != crc:
+    if crc is not None and item_crc(record, item_line(facts)) != crc:
         raise StoreError(f"{name}: item {record} of {DATABASE} is damaged: {CURE}")
     return facts
 
@@ -386,7 +395,3 @@ def _make_new_folder(folder: Path) -> None:
         sync(folder.parent)
     except OSError as error:
         raise StoreError(f"{folder} could not be written ({error.strerror}): choose another place") from None
-
-
-def _pieces(values: list[Any]) -> Iterator[list[Any]]:
-    return (values[start : start + _PIECE] for start in range(0, len(values), _PIECE))

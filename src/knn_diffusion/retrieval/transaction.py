@@ -20,7 +20,7 @@ from jaxtyping import Float16, UInt8
 from knn_diffusion.errors import KnnDiffusionError
 from knn_diffusion.retrieval.database import translated_errors
 from knn_diffusion.retrieval.holder import noted
-from knn_diffusion.retrieval.items import Facts, item_crc, items_digest
+from knn_diffusion.retrieval.items import Facts, item_crc, item_line, items_digest
 from knn_diffusion.retrieval.manifest import get, sign, upgrade
 from knn_diffusion.retrieval.segments import Segment, bytes_digest
 
@@ -46,15 +46,16 @@ class Transaction:
         first_record: int,
     ) -> None:
         """Write a segment of new images behind all others."""
-        segment = new_segment(items, vectors, thumbnails, self._folder)
+        lines = list(map(item_line, items))
+        segment = new_segment(lines, vectors, thumbnails, self._folder)
         segment.first_row, segment.number = first_row, self._next_number()
         self.made.append(segment)
         if self._folder is not None:
             segment.write()
         self.name(segment)
         sql = "INSERT INTO items (row, id, source, key, content, added_at, crc32) VALUES (?, ?, ?, ?, ?, ?, ?)"
-        numbered = enumerate(items, first_record)
-        self.database.executemany(sql, [(record, *facts, item_crc(record, facts)) for record, facts in numbered])
+        numbered = enumerate(zip(items, lines, strict=True), first_record)
+        self.database.executemany(sql, [(record, *one, item_crc(record, line)) for record, (one, line) in numbered])
 
     def adopt(self, segment: Segment) -> None:
         """Take over a segment that was written elsewhere on the same disk."""
@@ -125,19 +126,19 @@ def transaction(database: sqlite3.Connection, folder: Path | None) -> Iterator[T
 
 
 def new_segment(
-    items: Sequence[Facts],
+    lines: Sequence[bytes],
     vectors: Float16[np.ndarray, "items dim"],
     thumbnails: UInt8[np.ndarray, "items values"] | None,
     folder: Path | None,
 ) -> Segment:
-    """A segment in memory with its digests, still without number and place."""
+    """A segment in memory with its digests, still without number and place; of its items only their lines are needed."""
     return Segment(
         number=0,
         first_row=0,
-        num_rows=len(items),
+        num_rows=len(lines),
         embeddings_sha256=bytes_digest(vectors),
         thumbnails_sha256=None if thumbnails is None else bytes_digest(thumbnails),
-        items_sha256=items_digest(items),
+        items_sha256=items_digest(lines),
         folder=folder,
         embeddings=vectors,
         thumbnails=thumbnails,

@@ -9,7 +9,7 @@ import numpy as np
 
 from knn_diffusion.errors import StoreError
 from knn_diffusion.retrieval.database import DATABASE
-from knn_diffusion.retrieval.items import Facts, items_digest, preview_is_sound
+from knn_diffusion.retrieval.items import Facts, item_line, items_digest, preview_is_sound
 from knn_diffusion.retrieval.segments import Segment, Snapshot
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def problems(store: Store) -> list[str]:
 
 def item_problems(store: Store, snapshot: Snapshot, segment: Segment) -> Iterator[str]:
     """What is wrong with the items of a segment."""
-    if items_digest(_items_of(store, snapshot, segment)) != segment.items_sha256:
+    if items_digest(map(item_line, _items_of(store, snapshot, segment))) != segment.items_sha256:
         yield f"{DATABASE}: the items of segment {segment.number} are not those that were added"
 
 

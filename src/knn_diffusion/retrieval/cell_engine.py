@@ -10,8 +10,11 @@ and learns from the snapshot in which rows they lie. What was purged is taken ou
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,11 +33,12 @@ from knn_diffusion.retrieval.cells import (
     take_rows,
     train_index,
 )
-from knn_diffusion.retrieval.engines import Allowed, ExactEngine, unit_vectors
+from knn_diffusion.retrieval.engines import Allowed, unit_vectors
 from knn_diffusion.retrieval.kept import FACTS, RETRAINING, KeptIndex, Part, Shape
 from knn_diffusion.retrieval.plan import Plan, Reach, training_points
 from knn_diffusion.retrieval.segments import CompactedError, Snapshot
 from knn_diffusion.retrieval.store import Store
+from knn_diffusion.retrieval.tail import Tail
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,6 +51,8 @@ KEPT_ROWS = 65_536
 SWEPT_SHARE = 0.25
 """Purged images are taken out of the cells when they are this many, for each image that is there."""
 ADD_ROWS = 16_384
+NICER = 5
+"""How much lower the priority of the thread in the background is: a third of the time where all are busy."""
 LEAST_DEPTH = 64
 
 
@@ -84,7 +90,7 @@ class CellEngine:
             self._build(snapshot, progress)
         if anew:
             self._kept.publish(self.num_records)
-        self._tail = ExactEngine(store, self.num_records)
+        self._tail = Tail(store, self.num_records)
         # Made, or swept by another process, without what was purged by now: snapshots from before would miss it.
         self._generation = store.snapshot().generation
 
@@ -181,6 +187,9 @@ class CellEngine:
             self._worker.start()
 
     def _tidy(self, snapshot: Snapshot) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own: searches and writers come first
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICER)
         try:
             if self.first_later_row(snapshot) < snapshot.num_rows:
                 self._absorb(snapshot)
@@ -196,7 +205,7 @@ class CellEngine:
         while len(parts) > 1 and parts[-1].index.ntotal <= added.index.ntotal:
             added = replace(added, index=merged(parts.pop().index, added.index))
         with self._lock:
-            self._parts, self._tail = (*parts, added), ExactEngine(self._store, added.num_records)
+            self._parts, self._tail = (*parts, added), Tail(self._store, added.num_records)
             self._generation = max(self._generation, snapshot.generation)
         if added.index.ntotal >= KEPT_ROWS:
             self._kept.keep_part(added.index, snapshot, range(parts[-1].num_records, added.num_records))

@@ -75,10 +75,10 @@ class Engine(Protocol):
 
 
 class ExactEngine:
-    """Compares every row from that of `first_record` on with the query, in blocks; keeps them as float32."""
+    """Compares every row with the query, in blocks; keeps them as float32."""
 
-    def __init__(self, store: Store, first_record: int = 0) -> None:
-        self._store, self._first_record = store, first_record
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._matrix = np.zeros((0, store.encoder.dim), np.float32)
         self._segments: tuple[int, ...] = ()
         self._lock = threading.Lock()
@@ -93,26 +93,23 @@ class ExactEngine:
         count: int,
         snapshot: Snapshot,
         allowed: Allowed,
-        reach: Reach | None = None,
+        reach: Reach,
     ) -> Int[np.ndarray, "queries found"]:
         """The `count` nearest allowed rows of each query."""
-        first = snapshot.records.row_from(self._first_record)
-        matrix = self._rows(snapshot, first)
-        places = _nearest(queries, matrix, allowed.mask[first : first + len(matrix)], count)
-        return np.where(places < 0, -1, places + first)
+        return _nearest(queries, self._rows(snapshot), allowed.mask, count)
 
-    def _rows(self, snapshot: Snapshot, first: int) -> Float32[np.ndarray, "rows dim"]:
+    def _rows(self, snapshot: Snapshot) -> Float32[np.ndarray, "rows dim"]:
         """The unit vectors of the snapshot's rows; those that are not known yet are read now, after a compaction all."""
         with self._lock:
             shared = min(len(self._segments), len(snapshot.segments))
             if snapshot.numbers[:shared] != self._segments[:shared]:
                 self._matrix = self._matrix[:0]
-            known = first + len(self._matrix)
+            known = len(self._matrix)
             if known < snapshot.num_rows:
                 new = unit_vectors(self._store, np.arange(known, snapshot.num_rows), snapshot)
                 self._matrix = np.concatenate([self._matrix, new]) if len(self._matrix) else new
                 self._segments = snapshot.numbers
-            return self._matrix[: max(0, snapshot.num_rows - first)]
+            return self._matrix[: snapshot.num_rows]
 
 
 class FewRowsEngine:

@@ -6,14 +6,17 @@ import hashlib
 import json
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from knn_diffusion.retrieval import cell_engine, compaction
+from knn_diffusion.errors import KnnDiffusionError
+from knn_diffusion.retrieval import cell_engine, compaction, kept
 from knn_diffusion.retrieval.cell_engine import CellEngine
 from knn_diffusion.retrieval.dedup import OFF
 from knn_diffusion.retrieval.index import LocalRetriever
@@ -318,3 +321,49 @@ def test_every_append_and_compaction_is_a_link_of_the_history() -> None:
         assert [other.history(age) for age in ages[:2]] == links[:2]
         assert other.history(26) != links[2]
         assert one.history(24) is None
+
+
+def test_processes_that_keep_cells_at_once_keep_them_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cell_engine, "TAIL_ROWS", 8)
+    monkeypatch.setattr(cell_engine, "KEPT_ROWS", 1)
+    with filled(tmp_path / "index") as store:
+        retrievers = [LocalRetriever(store, EVERYWHERE, OFF) for _ in range(4)]
+        for turn in range(6):
+            add(store, range(400 + 10 * turn, 410 + 10 * turn))
+            threads = [threading.Thread(target=lambda one=one: (found(one), one.prepare())) for one in retrievers]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert cache_problem(tmp_path / "index") is None
+            assert not list((tmp_path / "index" / "cache").glob("*tmp*"))
+    with Store.open(tmp_path / "index") as store:
+        assert found(LocalRetriever(store, EVERYWHERE, OFF), 40) == by_hand(store, 40)
+
+
+def test_what_another_version_kept_is_no_damage(tmp_path: Path) -> None:
+    with filled(tmp_path / "index") as store:
+        LocalRetriever(store, EVERYWHERE, OFF).prepare()
+    facts = tmp_path / "index" / "cache" / "search.json"
+    said = json.loads(facts.read_text())
+    facts.write_text(json.dumps(said | {"format": 2}))
+    assert cache_problem(tmp_path / "index") is None
+    with Store.open(tmp_path / "index") as store:
+        assert found(LocalRetriever(store, EVERYWHERE, OFF)) == by_hand(store)
+    assert json.loads(facts.read_text()) == said
+
+
+def test_a_writer_that_never_gets_its_turn_keeps_nothing_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "LOCK_SECONDS", 0.1)
+    with filled(tmp_path / "index") as store:
+        (tmp_path / "index" / "cache").mkdir()
+        retriever = LocalRetriever(store, EVERYWHERE, OFF)
+        with FileLock(tmp_path / "index" / "cache" / kept.LOCK):
+            retriever.prepare()
+            assert found(retriever) == by_hand(store)
+            with pytest.raises(KnnDiffusionError, match=r"new cells could not be kept \(.*search\.lock.*as before"):
+                retriever.retrain()
+        assert [path.name for path in (tmp_path / "index" / "cache").iterdir()] == [kept.LOCK]
+        assert found(retriever) == by_hand(store)

@@ -23,6 +23,7 @@ from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.interchange import faiss_file
 from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.plan import CELL_LAYOUTS, IndexConfig, Reach
+from knn_diffusion.retrieval.ranking import RowsInMemory
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 
 DIM = 32
@@ -146,6 +147,20 @@ def test_the_drift_is_known_without_the_images_in_cells_and_after_a_compaction(
         assert after.farther == pytest.approx(before.farther, rel=0.1)
 
 
+def test_cells_whose_images_are_all_gone_are_worth_training_again(tmp_path: Path) -> None:
+    store, retriever = grown(tmp_path / "index")
+    store.remove([str(n) for n in range(1500)])
+    found = drift(retriever)
+    assert found is not None
+    assert (found.count, found.later, found.earlier_distance) == (500, 500, None)
+    assert found.worth_training
+    assert str(found).startswith("none of the images that the 64 cells were trained on is left")
+    growth = report(ImageIndex(store, settings=SETTINGS), k=5, sample=50).growth
+    assert growth is not None
+    assert (growth.earlier_recall, growth.worth_training) == (None, True)
+    assert "for images of before" not in str(growth)
+
+
 def test_where_there_are_no_cells_there_is_no_drift(tmp_path: Path) -> None:
     with filled(tmp_path / "index") as store:
         assert drift(LocalRetriever(store)) is None
@@ -191,7 +206,12 @@ def test_training_again_fits_the_later_images(tmp_path: Path) -> None:
         assert after.farther < MUCH_FARTHER < before.farther
         assert retriever.search(query, 5).ids == [nearest(store, query[0])]
     assert cache_problem(tmp_path / "index") is None
-    assert sorted(path.suffix for path in (tmp_path / "index" / "cache").iterdir()) == [".faiss", ".faiss", ".json"]
+    assert sorted(path.suffix for path in (tmp_path / "index" / "cache").iterdir()) == [
+        ".faiss",
+        ".faiss",
+        ".json",
+        ".lock",
+    ]
 
 
 def test_a_process_that_opens_the_index_after_training_again_trains_nothing(
@@ -266,7 +286,7 @@ def test_an_engine_whose_cells_were_replaced_does_not_put_its_own_back(
         old._absorb(store.snapshot())
         assert facts.read_bytes() == new
         assert cache_problem(tmp_path / "index") is None
-        assert len(list(facts.parent.iterdir())) == 3
+        assert len(list(facts.parent.iterdir())) == 4
 
 
 def test_training_again_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +310,32 @@ def test_training_again_goes_on_after_an_interruption(tmp_path: Path, monkeypatc
         retriever.retrain(lambda what, done, total: heard.append((what, done)))
         assert heard == [("putting images into cells", 1500), ("putting images into cells", 2000)]
         assert retriever.search(query, 5).ids == [nearest(store, query[0])]
-        assert len(list((tmp_path / "index" / "cache").iterdir())) == 3
+        assert len(list((tmp_path / "index" / "cache").iterdir())) == 4
+
+
+def test_training_again_begins_anew_when_many_images_came_since_the_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(cell_engine, "PART_ROWS", 500)
+    store, retriever = grown(tmp_path / "index", ALL)
+    with store:
+        with pytest.raises(StoppedError):
+            retriever.retrain(lambda what, done, total: stop(what, done, total) if done > 600 else None)
+        for count, trained in ((150, 2000), (100, 2250)):
+            add(store, images_of(3, count, trained))
+            with pytest.raises(StoppedError):
+                retriever.retrain(lambda what, done, total: stop(what, done, total) if done > 600 else None)
+            said = kept.read_facts(tmp_path / "index" / "cache", kept.RETRAINING)
+            assert said is not None
+            assert said["trained_records"] == trained
+        retriever.retrain()
+        assert drift(retriever) is None
 
 
 def test_a_full_disk_leaves_the_old_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +344,7 @@ def test_a_full_disk_leaves_the_old_cells(tmp_path: Path, monkeypatch: pytest.Mo
     with store:
         with monkeypatch.context() as full:
             full.setattr(kept.KeptIndex, "_save", lambda *_: None)
-            with pytest.raises(KnnDiffusionError, match="could not be written .*the index is searched as before"):
+            with pytest.raises(KnnDiffusionError, match="could not be kept .*the index is searched as before"):
                 retriever.retrain()
         assert {name: (tmp_path / "index" / "cache" / name).read_bytes() for name in old} == old
         assert cache_problem(tmp_path / "index") is None
@@ -314,9 +359,9 @@ def test_new_cells_that_are_not_all_on_the_disk_do_not_take_the_others_place(
     store, retriever = grown(tmp_path / "index", ALL)
     query, save, saved = images_of(2, 1, 9), kept.KeptIndex._save, list[int]()
 
-    def until_it_is_full(self: kept.KeptIndex, index: Any) -> str | None:
+    def until_it_is_full(self: kept.KeptIndex, index: Any, folder: Path | None) -> str | None:
         saved.append(index.ntotal)
-        return None if len(saved) > 2 else save(self, index)
+        return None if len(saved) > 2 else save(self, index, folder)
 
     with store:
         with monkeypatch.context() as full:
@@ -330,6 +375,15 @@ def test_new_cells_that_are_not_all_on_the_disk_do_not_take_the_others_place(
         assert retriever.search(query, 5).ids == [nearest(store, query[0])]
     with Store.open(tmp_path / "index") as store:
         assert LocalRetriever(store, ALL, OFF).search(query, 5).ids == [nearest(store, query[0])]
+
+
+def test_training_before_the_first_search_keeps_rows_in_memory_that_shall_be() -> None:
+    store = filled(None)
+    retriever = LocalRetriever(store, replace(ALL, rows_in_memory=True), OFF)
+    retriever.retrain()
+    assert isinstance(retriever._vectors, RowsInMemory)
+    query = images_of(1, 1, 9)
+    assert retriever.search(query, 5).ids == [nearest(store, query[0])]
 
 
 def test_what_cannot_be_trained_again_is_said(tmp_path: Path) -> None:

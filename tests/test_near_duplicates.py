@@ -142,6 +142,17 @@ def test_joined_cells_find_planted_copies(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(joined.keys() - exact.keys()) < 0.01 * len(exact)
 
 
+def test_a_cell_is_joined_with_itself_first_even_when_its_centroid_is_another_cells_too() -> None:
+    centroids = np.random.default_rng(0).standard_normal((40, 16)).astype(np.float32)
+    centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
+    centroids[20:] = centroids[:20]
+    joined = cell_join.joined_cells(centroids)
+    assert joined[:, 0].tolist() == list(range(40))
+    assert joined[:20, 1].tolist() == list(range(20, 40))
+    assert {len(set(cells)) for cells in joined.tolist()} == {cell_join.JOINED_CELLS}
+    assert cell_join.joined_cells(centroids[:3]).shape == (3, 3)
+
+
 def test_likeness_does_not_chain() -> None:
     with store_of(at_angles(0, 10, 20, 30)) as store:
         assert pairs(found(store, float(np.cos(np.deg2rad(12))))) == {1: 0, 3: 2}

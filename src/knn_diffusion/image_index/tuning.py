@@ -33,12 +33,12 @@ class Tuned:
 class Growth:
     """What images cost that came after cells and codes were trained.
 
-    recall      of images as queries at the reach in use, of those that were there and of later ones
+    recall      of images as queries at the reach in use, of those that were there, if any are left, and of later ones
     imbalance   times as many images that a query meets in its cells as if all cells were equally full
     """
 
     drift: Drift
-    earlier_recall: float
+    earlier_recall: float | None
     later_recall: float
     imbalance: float
     worth_training: bool
@@ -46,10 +46,8 @@ class Growth:
     def __str__(self) -> str:
         """In two lines."""
         advice = " Train again: index tune INDEX --retrain." if self.worth_training else " They still fit."
-        return (
-            f"Growth: {self.drift}.\nRecall {self.earlier_recall:.3f} for images of before, {self.later_recall:.3f} for "
-            f"later ones; cells {self.imbalance:.1f} times as full as if all were equally full.{advice}"
-        )
+        before = "" if self.earlier_recall is None else f"{self.earlier_recall:.3f} for images of before, "
+        return f"Growth: {self.drift}.\nRecall {before}{self.later_recall:.3f} for later ones; cells {self.imbalance:.1f} times as full as if all were equally full.{advice}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,13 +204,15 @@ def _growth(index: ImageIndex, k: int, sample: int) -> Growth | None:
     found, trained = drift(retriever), retriever.trained()
     if found is None or trained is None:
         return None
-    ends = 0, trained[1], retriever.store.snapshot().num_records
-    asked = [tuning.image_queries(retriever.store, sample, k, records=range(*some)) for some in (ends[:2], ends[1:])]
-    earlier, later = (tuning.measure(retriever, queries, retriever.settings.image).recall for queries in asked)
+
+    def recall(start: int, end: int) -> float:
+        queries = tuning.image_queries(retriever.store, sample, k, records=range(start, end))
+        return tuning.measure(retriever, queries, retriever.settings.image).recall
+
     return Growth(
         drift=found,
-        earlier_recall=earlier,
-        later_recall=later,
+        earlier_recall=None if found.earlier_distance is None else recall(0, trained[1]),
+        later_recall=recall(trained[1], retriever.store.snapshot().num_records),
         imbalance=retriever.imbalance(),
         worth_training=found.worth_training,
     )

@@ -50,6 +50,8 @@ KEPT_ROWS = 65_536
 """A part of later rows is worth a file of its own from so many on."""
 SWEPT_SHARE = 0.25
 """Purged images are taken out of the cells when they are this many, for each image that is there."""
+RESUMED_SHARE = 0.1
+"""Training that was interrupted begins anew when a larger share of the images came later."""
 ADD_ROWS = 16_384
 NICER = 5
 """How much lower the priority of the thread in the background is: a third of the time where all are busy."""
@@ -69,7 +71,7 @@ class CellEngine:
 
     Args:
         anew: train cells and codes on the images there are now, and put them in the place of those in `cache/` when all
-            images lie in them. One that was interrupted goes on.
+            images lie in them. One that was interrupted goes on, unless many images came since.
 
     Raises: KnnDiffusionError when those could not be kept.
     """
@@ -79,6 +81,8 @@ class CellEngine:
         self._store, self._lock = store, threading.Lock()
         self._worker: threading.Thread | None = None
         self._kept = KeptIndex.open(store, shape_of(store, plan), RETRAINING if anew else FACTS)
+        if anew and self._kept.trained_records < (1 - RESUMED_SHARE) * snapshot.num_records:
+            self._kept.forget()
         self._trained = self._kept.load_trained()
         if self._trained is None:
             self._trained = _train(store, snapshot, plan, progress)

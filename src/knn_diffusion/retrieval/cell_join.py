@@ -131,8 +131,16 @@ def lay_out(
     for start in range(0, len(rows), BLOCK_ROWS):
         some = slice(start, start + BLOCK_ROWS)
         vectors[some] = store.embeddings(rows[order[some]], snapshot)
-    nearest = nearest_centroids(centroids, centroids, min(JOINED_CELLS, cells))
-    return CellLayout(order=order, bounds=bounds, vectors=vectors, neighbors=nearest)
+    return CellLayout(order=order, bounds=bounds, vectors=vectors, neighbors=joined_cells(centroids))
+
+
+def joined_cells(centroids: Float32[np.ndarray, "cells dim"]) -> Int[np.ndarray, "cells joined"]:
+    """The cells that each one is joined with: itself, then the others that are nearest, even where centroids are equal."""
+    count, own = min(JOINED_CELLS, len(centroids)), np.arange(len(centroids))[:, None]
+    nearest = np.concatenate([own, nearest_centroids(centroids, centroids, count)], 1)
+    again = nearest == own
+    again[:, 0] = False
+    return np.take_along_axis(nearest, np.argsort(again, axis=1, kind="stable")[:, :count], 1)
 
 
 def join_cells(
@@ -171,7 +179,7 @@ def _join(
 ) -> None:
     own, others = layout.members(cell), layout.candidates(cell)
     many = unit_tensor(layout.vectors[others], device)
-    queries = many[: len(own)]  # a cell is the nearest to itself
+    queries = many[: len(own)]  # a cell is joined with itself first
     pending = np.arange(len(own))
     scores = queries @ many.T
     while len(pending):

@@ -8,6 +8,7 @@ by stored embeddings makes good.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ MUCH_FARTHER, MANY_LATER = 1.15, 0.02
 """Later images so many times as far from their cells, and their share, from which on training again is worth it.
 
 More of the same lies 1.07 times as far, as cells fit best what they were trained on; with a tenth of unseen topics among
-the later images it is 1.17 and one neighbor in twenty of theirs is missed, see docs/large-indexes.md."""
+the later images it is 1.19 and one neighbor in twenty of theirs is missed, see docs/large-indexes.md."""
 MANY_CELLS_MORE = 4
 """So many times as many cells would fit the images there are now: those in use take that much longer to look into."""
 
@@ -37,14 +38,15 @@ class Drift:
 
     count, later      images there are, and those of them that came after the training
     cells, new_cells  in use, and of an index trained now
-    distances         1 - cosine with the centre of the own cell, on average over images of before and later ones
+    distances         1 - cosine with the centre of the own cell, on average over images of before and later ones;
+                      none of before where all that the cells were trained on were removed
     """
 
     count: int
     later: int
     cells: int
     new_cells: int
-    earlier_distance: float
+    earlier_distance: float | None
     later_distance: float
 
     @property
@@ -54,8 +56,8 @@ class Drift:
 
     @property
     def farther(self) -> float:
-        """How many times as far from their cells later images lie as earlier ones."""
-        return self.later_distance / max(self.earlier_distance, 1e-9)
+        """How many times as far from their cells later images lie as earlier ones; infinite where none of those is left."""
+        return math.inf if self.earlier_distance is None else self.later_distance / max(self.earlier_distance, 1e-9)
 
     @property
     def worth_training(self) -> bool:
@@ -67,6 +69,8 @@ class Drift:
     def __str__(self) -> str:
         """In one line."""
         more = f"; trained now, there would be {self.new_cells:,}" if self.new_cells != self.cells else ""
+        if self.earlier_distance is None:
+            return f"none of the images that the {self.cells:,} cells were trained on is left{more}"
         return (
             f"{self.later:,} of {self.count:,} images came after the {self.cells:,} cells were trained; they lie "
             f"{self.farther:.1f} times as far from the centre of their cell as those before{more}"
@@ -81,14 +85,15 @@ def drift(retriever: LocalRetriever, sample: int = SAMPLE) -> Drift | None:
     snapshot = retriever.store.snapshot()
     first = snapshot.records.row_from(num_records)
     earlier, later = int(snapshot.alive[:first].sum()), int(snapshot.alive[first:].sum())
-    if not earlier or not later:
+    if not later:
         return None
+    before = _distance(trained, _sample(retriever.store, snapshot, 0, first, sample)) if earlier else None
     return Drift(
         count=earlier + later,
         later=later,
         cells=retriever.plan().cells,
         new_cells=retriever.new_plan().cells,
-        earlier_distance=_distance(trained, _sample(retriever.store, snapshot, 0, first, sample)),
+        earlier_distance=before,
         later_distance=_distance(trained, _sample(retriever.store, snapshot, first, snapshot.num_rows, sample)),
     )
 

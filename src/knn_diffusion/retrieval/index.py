@@ -102,8 +102,9 @@ class LocalRetriever:
                 "there is nothing to train"
             )
         engine = CellEngine(self.store, plan, anew=True, progress=progress)
+        vectors = self._chosen_vectors(self.store.snapshot())
         with self._lock:
-            self._engine = engine
+            self._engine, self._vectors = engine, vectors
         return plan
 
     def trained(self) -> tuple[Any, int] | None:
@@ -135,6 +136,9 @@ class LocalRetriever:
         drop_copies_of_query: bool = False,
     ) -> Neighbors:
         """The k nearest images of each query, see Retriever.
+
+        As many rows are proposed for every query of a call as for the one that excludes most. In cells, where a neighbor
+        may be missed, one that excludes few may so find a neighbor that it misses when it is asked alone.
 
         Args:
             rule: instead of the index's own; `dedup.OFF` keeps duplicates.
@@ -233,8 +237,12 @@ class LocalRetriever:
         plan = self.plan()
         if plan.layout == "exact":
             return ExactEngine(self.store)
-        self._vectors = RowsInMemory(self.store, snapshot) if self.settings.rows_in_memory else self.store.embeddings
+        self._vectors = self._chosen_vectors(snapshot)
         return CellEngine(self.store, plan, progress=progress)
+
+    def _chosen_vectors(self, snapshot: Snapshot) -> Vectors:
+        """Where a search in cells reads what it compares."""
+        return RowsInMemory(self.store, snapshot) if self.settings.rows_in_memory else self.store.embeddings
 
 
 _NONE = np.zeros(0, np.int64)

@@ -3,6 +3,7 @@
     cache/search.json            layout, cells, and for each part the records it covers and the store's history then
     cache/retraining.json        the same of an index of new cells, until it is complete and takes the other's place
     cache/search-<digest>.faiss  the trained indexes without rows, and the parts
+    cache/search.lock            held by the process that writes the others
 
 A part covers the records from where the one before it ends; records stay when a compaction numbers rows anew, and so do
 parts. Building goes on after an interruption with the first part that is missing, and what was added since needs only
@@ -12,14 +13,17 @@ before faiss reads a file: of damaged files it loads a third and answers differe
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+from filelock import FileLock
 
 from knn_diffusion.checkpoint import atomic_path, file_digest, write_json
 from knn_diffusion.errors import KnnDiffusionError, StoreError
@@ -29,6 +33,9 @@ from knn_diffusion.retrieval.store import Store
 
 FORMAT_VERSION = 3
 FACTS, RETRAINING = "search.json", "retraining.json"
+LOCK = "search.lock"
+LOCK_SECONDS = 60.0
+"""Who cannot write after so long keeps nothing, which costs only the time to build it again."""
 LOOK_SECONDS = 1.0
 """So often a search looks whether another process has trained the cells anew."""
 
@@ -63,6 +70,8 @@ class KeptIndex:
     trained_records: int = 0
     """Images of later records were not there when cells and codes were trained."""
     parts: tuple[Part, ...] = ()
+    trouble: str | None = None
+    """Why the last file was not kept."""
     looked_at: int = 0
     look_again_at: float = 0.0
 
@@ -96,6 +105,10 @@ class KeptIndex:
         """Whether files can be written."""
         return self.store.folder is not None and not self.store.read_only
 
+    def forget(self) -> None:
+        """Use nothing of what is kept; it stays until something is kept in its place."""
+        self.trained, self.trained_records, self.parts = None, 0, ()
+
     def load_trained(self) -> Any | None:
         """The trained index without rows, None when it is not there or damaged."""
         return self._load(self.trained) if self.trained is not None else None
@@ -112,8 +125,10 @@ class KeptIndex:
 
     def keep_trained(self, index: Any, snapshot: Snapshot) -> None:
         """Begin anew with this index, trained on the snapshot's images."""
-        self.trained, self.trained_records, self.parts = self._save(index), snapshot.num_records, ()
-        self._write_facts(begin=True)
+        with self._alone() as folder:
+            self.trained = self._save(index, folder)
+            self.trained_records, self.parts = snapshot.num_records, ()
+            self._write_facts(folder, begin=True)
 
     def keep_part(self, index: Any, snapshot: Snapshot, records: range) -> None:
         """Keep the snapshot's rows of these records, instead of parts with the same ones; none after a gap."""
@@ -121,29 +136,33 @@ class KeptIndex:
         history = self.store.history(snapshot.age)
         if history is None or self.trained is None or (before[-1].num_records if before else 0) != records.start:
             return
-        if (digest := self._save(index)) is not None:
-            part = Part(sha256=digest, num_records=records.stop, age=snapshot.age, history=history)
-            self.parts = (*before, part)
-            self._write_facts()
+        with self._alone() as folder:
+            if (digest := self._save(index, folder)) is not None:
+                part = Part(sha256=digest, num_records=records.stop, age=snapshot.age, history=history)
+                self.parts = (*before, part)
+                self._write_facts(folder)
 
     def publish(self, num_records: int) -> None:
         """Put the index of new cells, complete now, in the place of the one in use, in one step.
 
         Raises: KnnDiffusionError when not all records could be kept; the one in use stays.
         """
-        if self.folder is None or not self.writable:
+        if not self.writable:
             return
-        try:
-            if not self.parts or self.parts[-1].num_records < num_records:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            (self.folder / RETRAINING).replace(self.folder / FACTS)
-        except OSError as error:
-            raise KnnDiffusionError(
-                f"{self.folder} could not be written ({error.strerror}): free space or mend permissions; "
-                "the index is searched as before"
-            ) from None
-        self.facts = FACTS
-        self._write_facts()
+        with self._alone() as folder:
+            complete = self.parts and self.parts[-1].num_records >= num_records
+            try:
+                if folder is not None and complete:
+                    (folder / RETRAINING).replace(folder / FACTS)
+            except OSError as error:
+                self.trouble, complete = str(error), False
+            if folder is None or not complete:
+                raise KnnDiffusionError(
+                    f"{self.folder}: the new cells could not be kept ({self.trouble or 'parts are missing'}): free space or "
+                    "mend permissions; the index is searched as before"
+                )
+            self.facts = FACTS
+            self._write_facts(folder)
 
     def changed(self) -> bool:
         """Whether the facts were written since this was asked last, by whomever; looked up once in LOOK_SECONDS."""
@@ -162,17 +181,37 @@ class KeptIndex:
         said = read_facts(self.folder) if self.folder is not None else None
         return said is not None and said["shape"] == asdict(shape) and said["trained"] != self.trained
 
-    def _save(self, index: Any) -> str | None:
-        """Write an index under its digest. A disk that is full costs only the time to build it again."""
+    @contextmanager
+    def _alone(self) -> Iterator[Path | None]:
+        """The folder, in which no other process or thread writes meanwhile; None when nothing can be written."""
         if self.folder is None or not self.writable:
+            yield None
+            return
+        lock = FileLock(self.folder / LOCK, timeout=LOCK_SECONDS)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:  # filelock's Timeout is an OSError
+            self.trouble = str(error)
+            yield None
+            return
+        try:
+            yield self.folder
+        finally:
+            lock.release()
+
+    def _save(self, index: Any, folder: Path | None) -> str | None:
+        """Write an index under its digest. A disk that is full costs only the time to build it again."""
+        if folder is None:
             return None
-        written = self.folder / f"search-new-{os.getpid()}.faiss"
+        written = folder / f"search-{uuid4().hex}.faiss"
         try:
             with atomic_path(written) as temporary:
                 faiss_module().write_index(index, str(temporary))
             digest = file_digest(written)
-            written.replace(_path(self.folder, digest))
-        except (KnnDiffusionError, OSError, RuntimeError):
+            written.replace(_path(folder, digest))
+        except (KnnDiffusionError, OSError, RuntimeError) as error:
+            self.trouble = str(error)
             return None
         return digest
 
@@ -181,21 +220,22 @@ class KeptIndex:
             return None
         return faiss_module().read_index(str(_path(self.folder, digest)))
 
-    def _write_facts(self, *, begin: bool = False) -> None:
+    def _write_facts(self, folder: Path | None, *, begin: bool = False) -> None:
         """Say what there is, unless cells that are not ours took their place; then delete what nothing names any more."""
-        if self.folder is None or not self.writable:
+        if folder is None:
             return
-        before = read_facts(self.folder, self.facts)
+        before = read_facts(folder, self.facts)
         if begin or before is None or before["trained"] == self.trained:
             said = {"shape": asdict(self.shape), "trained": self.trained, "trained_records": self.trained_records}
             parts = [asdict(part) for part in self.parts]
             try:
-                write_json(self.folder / self.facts, {"format": FORMAT_VERSION, **said, "parts": parts})
-            except KnnDiffusionError:
+                write_json(folder / self.facts, {"format": FORMAT_VERSION, **said, "parts": parts})
+            except KnnDiffusionError as error:
+                self.trouble = str(error)
                 return
-        files = [read_facts(self.folder, name) for name in (FACTS, RETRAINING)]
-        named = {_path(self.folder, digest).name for said in files if said for digest in _digests(said)}
-        for path in self.folder.glob("search*.faiss"):
+        files = [read_facts(folder, name) for name in (FACTS, RETRAINING)]
+        named = {_path(folder, digest).name for said in files if said for digest in _digests(said)}
+        for path in folder.glob("search*.faiss"):
             if path.name not in named:
                 with suppress(OSError):
                     path.unlink()
@@ -221,8 +261,11 @@ def kept_cells(folder: Path, layout: str) -> int | None:
 
 
 def cache_problem(folder: Path) -> str | None:
-    """What is wrong with the index kept in a store's folder, None when it is whole or not there."""
+    """What is wrong with the index kept in a store's folder, None when it is whole, not there, or of another version."""
     cache = folder / "cache"
+    with suppress(OSError, ValueError, AttributeError):
+        if json.loads((cache / FACTS).read_text(encoding="utf-8")).get("format", FORMAT_VERSION) != FORMAT_VERSION:
+            return None
     if not (cache / FACTS).is_file() and not list(cache.glob("search*.faiss")):
         return None
     facts = read_facts(cache)

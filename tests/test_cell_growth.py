@@ -151,8 +151,15 @@ def test_an_older_snapshot_is_searched_beside_a_newer_one() -> None:
         store.compact()
         for _ in range(2):
             assert found(retriever) == by_hand(store)
-            rows, _ = retriever._search(old, None, OFF, False).run(
-                QUERIES / np.linalg.norm(QUERIES, axis=1, keepdims=True), 9, [np.zeros(0, int)] * 4, EVERYWHERE.image
+            rows = (
+                retriever._search(old, None, OFF, drop_copies=False, with_vectors=False)
+                .run(
+                    QUERIES / np.linalg.norm(QUERIES, axis=1, keepdims=True),
+                    9,
+                    [np.zeros(0, int)] * 4,
+                    EVERYWHERE.image,
+                )
+                .rows
             )
             assert rows.tolist() == [
                 [int(one) if int(one) < 400 else int(one) - 100 for one in ids] for ids in expected
@@ -258,7 +265,7 @@ def test_a_snapshot_older_than_what_left_the_cells_is_refused_instead_of_answere
             assert found(retriever) == by_hand(store)
             retriever.prepare()
             with pytest.raises(CompactedError, match="take a new one"):
-                retriever._search(old, None, OFF, False).run(
+                retriever._search(old, None, OFF, drop_copies=False, with_vectors=False).run(
                     QUERIES / np.linalg.norm(QUERIES, axis=1, keepdims=True), 9, [np.zeros(0, int)] * 4, Reach(probes=8)
                 )
             snapshots = iter([old])

@@ -82,36 +82,63 @@ def first_different(
     """
     if k > COMPARED_AT_ONCE:
         return _one_by_one(candidates, pictures, valid, k, rule)
-    first = (~valid).int().argsort(dim=1, stable=True)[:, :k]
-    chosen = torch.where(valid.gather(1, first), first, -1)
-    if chosen.shape[1] < k:
-        chosen = torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=-1)
-    repeating = _any_repeats(candidates, pictures, chosen, rule).nonzero()[:, 0]
-    if len(repeating):
-        chosen[repeating] = _one_by_one(candidates[repeating], pictures[repeating], valid[repeating], k, rule)
+    places, there = _front(valid, k)
+    chosen = torch.nn.functional.pad(torch.where(there, places, -1), (0, k - places.shape[1]), value=-1)
+    if rule != OFF:
+        pairs = _same(
+            candidates.take_along_dim(places[:, :, None], 1), pictures.take_along_dim(places[:, :, None], 1), rule
+        )
+        repeats = (pairs & there[:, :, None] & there[:, None]).triu(1).flatten(1).any(1)
+        some = repeats.nonzero()[:, 0]
+        if len(some):
+            chosen[some] = _by_pairs(candidates[some], pictures[some], valid[some], k, rule)
     return chosen
 
 
-def _any_repeats(
-    candidates: Float[Tensor, "queries candidates dim"],
-    pictures: Int16[Tensor, "queries candidates values"],
-    chosen: Int[Tensor, "queries k"],
-    rule: DedupConfig,
-) -> Bool[Tensor, "queries"]:
-    """Whether any two of the chosen candidates show the same picture."""
-    if rule == OFF:
-        return torch.zeros(len(chosen), dtype=torch.bool, device=chosen.device)
-    place = chosen.clamp_min(0)[:, :, None]
-    vectors, shown = candidates.take_along_dim(place, 1), pictures.take_along_dim(place, 1)
-    same = torch.zeros(*chosen.shape, chosen.shape[1], dtype=torch.bool, device=chosen.device)
+def _front(valid: Bool[Tensor, "queries candidates"], count: int) -> tuple[Tensor, Tensor]:
+    """Places of the first so many candidates of each query, the valid ones before the others, and which are valid."""
+    places = (~valid).int().argsort(dim=1, stable=True)[:, :count]
+    return places, valid.gather(1, places)
+
+
+def _same(
+    vectors: Float[Tensor, "queries some dim"], pictures: Int16[Tensor, "queries some values"], rule: DedupConfig
+) -> Bool[Tensor, "queries some some"]:
+    """Which of a query's candidates show the same picture as which."""
+    same = torch.zeros(*vectors.shape[:2], vectors.shape[1], dtype=torch.bool, device=vectors.device)
     if rule.cosine is not None:
         same |= torch.bmm(vectors, vectors.transpose(1, 2)) > rule.cosine
-    if rule.manhattan is not None:
-        known = shown[:, :, 0] >= 0
-        distance = (shown[:, :, None] - shown[:, None]).abs().sum(-1)
+    known = pictures[:, :, 0] >= 0
+    if rule.manhattan is not None and known.any():
+        distance = (pictures[:, :, None] - pictures[:, None]).abs().sum(-1)
         same |= known[:, :, None] & known[:, None] & (distance <= rule.manhattan * THUMBNAIL_VALUES)
-    there = chosen >= 0
-    return (same & there[:, :, None] & there[:, None]).triu(1).flatten(1).any(1)
+    return same
+
+
+def _by_pairs(
+    candidates: Float[Tensor, "queries candidates dim"],
+    pictures: Int16[Tensor, "queries candidates values"],
+    valid: Bool[Tensor, "queries candidates"],
+    k: int,
+    rule: DedupConfig,
+) -> Int[Tensor, "queries k"]:
+    """From all pairs of about twice as many candidates as wanted; one by one where these are not enough."""
+    places, there = _front(valid, 2 * k + 16)
+    vectors, shown = candidates.take_along_dim(places[:, :, None], 1), pictures.take_along_dim(places[:, :, None], 1)
+    pairs, gone = _same(vectors, shown, rule).cpu().numpy(), ~there.cpu().numpy()
+    for place in range(gone.shape[1]):
+        stays = ~gone[:, place]
+        gone |= pairs[:, place] & stays[:, None]
+        gone[:, place] = ~stays
+    first = torch.from_numpy(np.argsort(gone, axis=1, kind="stable")[:, :k]).to(places.device)
+    stay = ~torch.from_numpy(gone).to(places.device)
+    chosen = torch.where(stay.gather(1, first), places.gather(1, first), -1)
+    chosen = torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=-1)
+    if places.shape[1] < valid.shape[1]:
+        short = ((chosen[:, -1] < 0) & (valid.sum(1) > there.sum(1))).nonzero()[:, 0]
+        if len(short):
+            chosen[short] = _one_by_one(candidates[short], pictures[short], valid[short], k, rule)
+    return chosen
 
 
 def _one_by_one(

@@ -151,7 +151,9 @@ class LocalRetriever:
         def read(snapshot: Snapshot) -> Neighbors:
             units = self._checked(queries, k, exclude_ids, snapshot)
             excluded = [self.store.rows_of(sorted(ids), snapshot) for ids in exclude_ids or [[]] * len(units)]
-            search = self._search(snapshot, where, rule or self.rule, drop_copies_of_query)
+            search = self._search(
+                snapshot, where, rule or self.rule, drop_copies=drop_copies_of_query, with_vectors=True
+            )
             return answer(self.store, snapshot, search.run(units, k, excluded, self.settings.reach(modality)), k)
 
         return self.store.consistently(read)
@@ -174,10 +176,11 @@ class LocalRetriever:
 
         def read(snapshot: Snapshot) -> Ranked:
             units = self._checked(queries, k, None, snapshot)
-            search = self._search(snapshot, where, OFF, drop_copies=False)
+            search = self._search(snapshot, where, OFF, drop_copies=False, with_vectors=False)
             return search.run(units, k, [_NONE] * len(units), reach or self.settings.image)
 
-        return self.store.consistently(read)
+        found = self.store.consistently(read)
+        return found.rows, found.scores
 
     def _checked(
         self,
@@ -189,13 +192,15 @@ class LocalRetriever:
         _check_request(self.store.name, self._live(snapshot).count, len(queries), k, exclude_ids)
         return unit_rows(queries, self.store.encoder.dim, "queries")
 
-    def _search(self, snapshot: Snapshot, where: str | None, rule: DedupConfig, drop_copies: bool) -> Search:
+    def _search(
+        self, snapshot: Snapshot, where: str | None, rule: DedupConfig, *, drop_copies: bool, with_vectors: bool
+    ) -> Search:
         engine, allowed = self._ready(snapshot), self._live(snapshot)
         if where is not None:
             allowed = Allowed(self.store.matching(where, snapshot), snapshot.records)
             if allowed.count <= FEW_ROWS and not isinstance(engine, ExactEngine):
                 engine = FewRowsEngine(self.store, snapshot, allowed)
-        return Search(self.store, self._vectors, engine, snapshot, allowed, rule, drop_copies)
+        return Search(self.store, self._vectors, engine, snapshot, allowed, rule, drop_copies, with_vectors)
 
     def _live(self, snapshot: Snapshot) -> Allowed:
         """The rows of the snapshot that are not removed, counted once for all searches of it."""

@@ -7,7 +7,7 @@ depends on what else is asked at the same time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,8 +27,45 @@ _QUERIES = 512  # proposed together
 _MAX_VALUES = 2**24  # of candidate vectors held at once
 _BLOCK_VALUES = 2**20  # of them ranked together, so that they stay in the processor's cache
 
-Ranked = tuple[Int64[np.ndarray, "queries count"], Float64[np.ndarray, "queries count"]]
-"""Rows, best first, -1 where none is left, and their cosines, 0 there."""
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """What was found for each query, best first.
+
+    rows     -1 where none is left
+    scores   cosines, 0 where none is left
+    vectors  as stored; of width 0 where nobody needs them
+    """
+
+    rows: Int64[np.ndarray, "queries count"]
+    scores: Float64[np.ndarray, "queries count"]
+    vectors: Float32[np.ndarray, "queries count width"]
+
+    def take(self, places: Int[np.ndarray, "queries some"]) -> Ranked:
+        """What stands at these places, ABSENT at the place -1."""
+        queries = np.arange(len(places))[:, None]
+        rows = np.where(places < 0, ABSENT, self.rows[queries, places])
+        return Ranked(rows, self.scores[queries, places], self.vectors[queries, places])
+
+    def put(self, queries: Int[np.ndarray, "some"], found: Ranked) -> None:
+        """Write over what was found for some queries."""
+        for own, new in zip(self._arrays, found._arrays, strict=True):
+            own[queries] = new
+
+    def padded(self, count: int) -> Ranked:
+        """With so many places for each query, filled up or cut."""
+        rows, scores, vectors = (one[:, :count] for one in self._arrays)
+        scores[rows < 0] = 0
+        if (missing := count - rows.shape[1]) > 0:
+            rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=ABSENT)
+            scores = np.pad(scores, ((0, 0), (0, missing)))
+            vectors = np.pad(vectors, ((0, 0), (0, missing), (0, 0)))
+        return Ranked(rows, scores, vectors)
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.rows, self.scores, self.vectors
+
 
 Vectors = Callable[[np.ndarray, Snapshot], np.ndarray]
 """(rows, snapshot) -> the stored float16 vectors of these rows: `Store.embeddings`, or `RowsInMemory`."""
@@ -68,6 +105,7 @@ class Search:
     allowed: Allowed
     rule: DedupConfig
     drop_copies: bool
+    with_vectors: bool
 
     def run(
         self,
@@ -79,16 +117,18 @@ class Search:
         """Look further and further until k neighbors remain for every query or everything was looked at."""
         total, effort = self.allowed.count, 1
         if not total or not len(units):
-            return np.full((len(units), k), ABSENT, np.int64), np.zeros((len(units), k))
+            shape = (len(units), 0)
+            nothing = Ranked(np.empty(shape, np.int64), np.empty(shape), np.empty((*shape, units.shape[1]), np.float32))
+            return nothing.padded(k)
         fetch = min(self._first_fetch(k, excluded), total)
-        rows, scores = self._look(units, k, excluded, fetch, reach)
-        while len(pending := np.flatnonzero(rows[:, -1] < 0)):
+        found = self._look(units, k, excluded, fetch, reach)
+        while len(pending := np.flatnonzero(found.rows[:, -1] < 0)):
             if fetch == total and self.engine.looks_everywhere(reach.times(effort)):
                 break
             fetch, effort = min(2 * fetch, total), 2 * effort
             some = [excluded[query] for query in pending.tolist()]
-            rows[pending], scores[pending] = self._look(units[pending], k, some, fetch, reach.times(effort))
-        return rows, scores
+            found.put(pending, self._look(units[pending], k, some, fetch, reach.times(effort)))
+        return found
 
     def _look(
         self,
@@ -101,12 +141,16 @@ class Search:
         """The best k of so many candidates, for a bounded number of queries at a time."""
         parts = []
         for start in range(0, len(units), _QUERIES):
-            some = slice(start, start + _QUERIES)
-            proposed = self.engine.candidates(units[some], fetch, self.snapshot, self.allowed, reach)
-            parts.append(self._best(units[some], proposed, k, fetch, excluded[some]))
+            end = min(start + _QUERIES, len(units))
+            proposed = self.engine.candidates(units[start:end], fetch, self.snapshot, self.allowed, reach)
+            step = max(1, _MAX_VALUES // (proposed.shape[1] * units.shape[1]))
+            for first in range(start, end, step):
+                some = slice(first, min(first + step, end))
+                part = proposed[some.start - start : some.stop - start]
+                parts.append(self._best(units[some], part, k, fetch, excluded[some]))
         if len(parts) == 1:
             return parts[0]
-        return np.concatenate([rows for rows, _ in parts]), np.concatenate([scores for _, scores in parts])
+        return Ranked(*(np.concatenate(arrays) for arrays in zip(*(part._arrays for part in parts), strict=True)))
 
     def _first_fetch(self, k: int, excluded: Sequence[np.ndarray]) -> int:
         spare = k + SPARE if self._choosy else 0
@@ -125,32 +169,34 @@ class Search:
         excluded: Sequence[np.ndarray],
     ) -> Ranked:
         """The best k of the candidates, without the excluded, the copies, and all beyond `fetch`."""
-        rows, scores = self._ranked(units, proposed, fetch)
+        found = self._ranked(units, proposed, fetch)
         for query, gone in enumerate(excluded):
             if len(gone):
-                rows[query, np.isin(rows[query], gone)] = ABSENT
+                found.rows[query, np.isin(found.rows[query], gone)] = ABSENT
         if self._choosy:
-            rows, scores = _taken(rows, scores, self._different(units, rows, k))
+            found = found.take(self._different(units, found, k))
         elif any(map(len, excluded)):
-            rows, scores = _taken(rows, scores, np.argsort(rows < 0, axis=1, kind="stable"))
-        rows, scores = rows[:, :k], scores[:, :k]
-        scores[rows < 0] = 0
-        if rows.shape[1] < k:
-            short = ((0, 0), (0, k - rows.shape[1]))
-            rows, scores = np.pad(rows, short, constant_values=ABSENT), np.pad(scores, short)
-        return rows, scores
+            found = found.take(np.argsort(found.rows < 0, axis=1, kind="stable"))
+        if not self.with_vectors:
+            found = replace(found, vectors=found.vectors[:, :, :0])
+        return found.padded(k)
 
     def _ranked(
         self, units: Float32[np.ndarray, "queries dim"], proposed: Int[np.ndarray, "queries found"], fetch: int
     ) -> Ranked:
         """The `fetch` candidates of the largest cosine; equal ones in the order they were added."""
-        count = min(fetch, proposed.shape[1])
-        rows, scores = np.empty((len(units), count), np.int64), np.empty((len(units), count))
-        step = max(1, _BLOCK_VALUES // (proposed.shape[1] * units.shape[1]))
-        for start in range(0, len(units), step):
+        count, (num_queries, dim) = min(fetch, proposed.shape[1]), units.shape
+        width = dim if self._choosy or self.with_vectors else 0
+        shape = (num_queries, count)
+        out = Ranked(np.empty(shape, np.int64), np.empty(shape), np.empty((*shape, width), np.float32))
+        step = max(1, _BLOCK_VALUES // (proposed.shape[1] * dim))
+        for start in range(0, num_queries, step):
             some = slice(start, start + step)
-            rows[some], scores[some] = ranked(self._vectors(proposed[some]), units[some], proposed[some], count)
-        return rows, scores
+            stored = self._vectors(proposed[some])
+            out.rows[some], out.scores[some], places = ranked(stored, units[some], proposed[some], count)
+            if width:
+                out.vectors[some] = np.take_along_axis(stored, places[:, :, None], 1)
+        return out
 
     def _vectors(self, rows: Int[np.ndarray, "queries found"]) -> Float32[np.ndarray, "queries found dim"]:
         """The stored vectors, those of the first row where a row is absent; torch widens them faster than NumPy."""
@@ -158,21 +204,15 @@ class Search:
         return torch.from_numpy(stored).float().numpy().reshape(*rows.shape, -1)
 
     def _different(
-        self, units: Float32[np.ndarray, "queries dim"], rows: Int[np.ndarray, "queries found"], k: int
+        self, units: Float32[np.ndarray, "queries dim"], found: Ranked, k: int
     ) -> Int[np.ndarray, "queries k"]:
-        """Places of the first k candidates that show different pictures, -1 where too few do; a few queries at a time."""
-        out = np.full((len(rows), k), ABSENT, np.int64)
-        step = max(1, _MAX_VALUES // (rows.shape[1] * units.shape[1]))
-        for start in range(0, len(rows), step):
-            some = slice(start, start + step)
-            vectors = torch.nn.functional.normalize(torch.from_numpy(self._vectors(rows[some])), dim=-1)
-            pictures = self._pictures(rows[some])
-            valid = torch.from_numpy(rows[some] >= 0)
-            if self.drop_copies:
-                unknown = torch.full_like(pictures[:, 0], ABSENT)
-                valid &= ~duplicates(torch.from_numpy(units[some]), unknown, vectors, pictures, self.rule)
-            out[some] = first_different(vectors, pictures, valid, k, self.rule).numpy()
-        return out
+        """Places of the first k candidates that show different pictures, -1 where too few do."""
+        vectors = torch.nn.functional.normalize(torch.from_numpy(found.vectors), dim=-1)
+        pictures, valid = self._pictures(found.rows), torch.from_numpy(found.rows >= 0)
+        if self.drop_copies:
+            unknown = torch.full_like(pictures[:, 0], ABSENT)
+            valid &= ~duplicates(torch.from_numpy(units), unknown, vectors, pictures, self.rule)
+        return first_different(vectors, pictures, valid, k, self.rule).numpy()
 
     def _pictures(self, rows: Int[np.ndarray, "queries found"]) -> torch.Tensor:
         pictures, known = self.store.thumbnails(np.maximum(rows, 0).ravel(), self.snapshot)
@@ -181,26 +221,17 @@ class Search:
         return torch.from_numpy(wide).view(*rows.shape, -1)
 
 
-def _taken(
-    rows: Int64[np.ndarray, "queries found"],
-    scores: Float64[np.ndarray, "queries found"],
-    places: Int[np.ndarray, "queries some"],
-) -> Ranked:
-    """What stands at these places, ABSENT at the place -1."""
-    queries = np.arange(len(rows))[:, None]
-    return np.where(places < 0, ABSENT, rows[queries, places]), scores[queries, places]
-
-
-def answer(store: Store, snapshot: Snapshot, ranked: Ranked, k: int) -> Neighbors:
+def answer(store: Store, snapshot: Snapshot, found: Ranked, k: int) -> Neighbors:
     """Ids, scores and stored embeddings of what was found, and how many are missing."""
-    rows, scores = ranked
-    found = rows >= 0
-    embeddings = np.zeros((*rows.shape, store.encoder.dim), np.float32)
-    embeddings[found] = store.embeddings(rows[found], snapshot)
-    named = iter(store.items(rows[found], snapshot))
-    ids = [[next(named).id if here else "" for here in query] for query in found]
-    shortfall = (k - found.sum(1)).astype(np.int64)
-    return Neighbors(ids=ids, scores=scores.astype(np.float32), embeddings=embeddings, shortfall=shortfall)
+    here = found.rows >= 0
+    named = iter(store.items(found.rows[here], snapshot))
+    ids = [[next(named).id if one else "" for one in query] for query in here]
+    return Neighbors(
+        ids=ids,
+        scores=found.scores.astype(np.float32),
+        embeddings=np.where(here[:, :, None], found.vectors, np.float32(0)),
+        shortfall=(k - here.sum(1)).astype(np.int64),
+    )
 
 
 def ranked(
@@ -208,9 +239,15 @@ def ranked(
     units: Float32[np.ndarray, "queries dim"],
     proposed: Int[np.ndarray, "queries found"],
     count: int,
-) -> Ranked:
-    """The `count` of each query's proposed rows with the largest cosine; equal ones in the order of their numbers."""
+) -> tuple[
+    Int64[np.ndarray, "queries count"], Float64[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]
+]:
+    """The `count` of each query's proposed rows with the largest cosine; equal ones in the order of their numbers.
+
+    Returns: rows, their cosines, and their places among the proposed.
+    """
     queries = np.arange(len(units))[:, None]
+    kept = np.broadcast_to(np.arange(proposed.shape[1]), proposed.shape)
     if proposed.shape[1] > count + SPARE:
         rough = np.matmul(stored, units[:, :, None])[:, :, 0]
         rough[proposed < 0] = -np.inf
@@ -219,7 +256,7 @@ def ranked(
     exact = cosines(stored, units)
     exact[proposed < 0] = -np.inf
     order = np.lexsort((proposed, -exact))[:, :count]
-    return proposed[queries, order], exact[queries, order]
+    return proposed[queries, order], exact[queries, order], kept[queries, order]
 
 
 def cosines(

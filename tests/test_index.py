@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
-from knn_diffusion.retrieval import cell_engine, cell_join, neighbors
+from knn_diffusion.retrieval import cell_engine, cell_join, cells, neighbors
 from knn_diffusion.retrieval.cell_engine import CellEngine
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.engines import ExactEngine
@@ -22,6 +23,7 @@ from knn_diffusion.retrieval.index import LocalRetriever, Retriever
 from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.neighbors import neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
+from knn_diffusion.retrieval.ranking import widened
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 
 DIM = 16
@@ -473,3 +475,28 @@ def test_neighbors_of_the_stored_vectors_are_the_self_neighbors() -> None:
         np.testing.assert_array_equal(neighbors_of(store, stored, own, 3, COPIES), self_neighbors(store, 3, COPIES))
         elsewhere = neighbors_of(store, stored, np.zeros((120, 0), np.int64), 1, OFF)
         np.testing.assert_array_equal(elsewhere, own)
+
+
+@pytest.mark.parametrize(("queries", "used"), [(1, 1), (cells.FEW_QUERIES, 1), (cells.FEW_QUERIES + 1, 3)])
+def test_few_queries_are_searched_for_on_one_thread_and_the_setting_stays(queries: int, used: int) -> None:
+    faiss, found = cells.faiss_module(), list[int]()
+
+    def ask() -> None:
+        faiss.omp_set_num_threads(3)
+        with suppress(ValueError), cells.threads_for(queries):
+            found.append(faiss.omp_get_max_threads())
+            raise ValueError
+        found.append(faiss.omp_get_max_threads())
+
+    before = faiss.omp_get_max_threads()
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join()
+    assert found == [used, 3]
+    assert faiss.omp_get_max_threads() == before
+
+
+def test_stored_numbers_are_widened_exactly() -> None:
+    stored = np.random.default_rng(0).standard_normal((333, 257)).astype(np.float16)
+    assert np.array_equal(widened(stored), stored.astype(np.float32))
+    assert widened(stored[:0]).shape == (0, 257)

@@ -8,6 +8,8 @@ comparing all would cost more than the search inside.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +28,8 @@ MANY_CELLS = 4_096
 """From so many cells on their centroids are searched by codes."""
 CENTROIDS_COMPARED = 10
 """Centroids compared for each cell wanted, when they are searched by codes."""
+FEW_QUERIES = 16
+"""Up to so many are searched for on one thread."""
 ROTATION_SAMPLE, ROTATION_ITERATIONS = 16_384, 8
 CODE_SAMPLE = 100_000
 
@@ -84,7 +88,8 @@ def search_cells(
         parameters = _kept_parameters(probes, rotated)
     else:
         parameters = _parameters(probes, rotated, sel=faiss.IDSelectorBitmap(np.frombuffer(allowed, np.uint8)))
-    return index.search(queries, depth, params=parameters)[1]
+    with threads_for(len(queries)):
+        return index.search(queries, depth, params=parameters)[1]
 
 
 def _parameters(probes: int, rotated: bool, **options: Any) -> Any:
@@ -171,6 +176,24 @@ def nearest_centroids(
 def num_cells(index: Any) -> int:
     """Cells of an index."""
     return int(faiss_module().extract_index_ivf(index).nlist)
+
+
+@contextmanager
+def threads_for(queries: int) -> Iterator[None]:
+    """Faiss searches for a few queries on the calling thread, for many on as many threads as there are processors.
+
+    Threads wait for each other at every step. On a busy machine that can take a hundred times as long as a search.
+    """
+    faiss = faiss_module()
+    before = faiss.omp_get_max_threads()
+    if queries > FEW_QUERIES or before == 1:
+        yield
+        return
+    faiss.omp_set_num_threads(1)  # of this thread's searches alone
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def faiss_module() -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int, Int64
 
-from knn_diffusion.retrieval.cells import faiss_module
+from knn_diffusion.retrieval.cells import faiss_module, threads_for
 from knn_diffusion.retrieval.engines import Allowed
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
@@ -31,8 +31,7 @@ class _Held:
 class Tail:
     """Compares every row from that of `first_record` on with the query, as stored: half precision halves what is read.
 
-    Faiss does it on one thread a query. The threads of a matrix product would wait for those of the cells' search, and a
-    search take ten times as long.
+    Faiss does it as it searches the cells; the threads of a matrix product and those of faiss would wait for each other.
     """
 
     def __init__(self, store: Store, first_record: int) -> None:
@@ -53,7 +52,8 @@ class Tail:
         if rows.min(initial=0) < 0:
             bits = np.packbits(rows >= 0, bitorder="little")
             parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
-        places = held.index.search(queries, min(count + _SPARE, len(rows)), params=parameters)[1]
+        with threads_for(len(queries)):
+            places = held.index.search(queries, min(count + _SPARE, len(rows)), params=parameters)[1]
         return np.where(places < 0, -1, rows[places])
 
     def _up_to(self, snapshot: Snapshot) -> _Held:

@@ -169,7 +169,9 @@ def cache_trials(folder: Path, trials: int, seed: int) -> dict[str, Any]:
             return found.ids, found.scores.tobytes()
 
     truth = search(folder / "whole")
-    files = sorted(path for path in (folder / "whole" / "cache").rglob("*") if path.is_file())
+    files = sorted(
+        path for path in (folder / "whole" / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"
+    )
     counts, wrong = Counter[str](), list[str]()
     for number in range(trials):
         draw = random.Random(seed + number)

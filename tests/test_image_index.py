@@ -139,13 +139,16 @@ def test_images_that_cannot_be_used_are_listed_and_the_rest_is_added(photos: Pat
         assert all(one.reason and "\n" not in one.reason for one in index.report.skipped)
 
 
-def test_an_image_that_the_encoder_cannot_place_is_listed() -> None:
-    class Choosy(ColourEncoder):
-        def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-            rows = super().encode_images(images)
-            rows[[image.width == 7 for image in images]] = np.nan
-            return rows
+class Choosy(ColourEncoder):
+    """An encoder that cannot place pictures of 7 pixels."""
 
+    def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        rows = super().encode_images(images)
+        rows[[image.width == 7 for image in images]] = np.nan
+        return rows
+
+
+def test_an_image_that_the_encoder_cannot_place_is_listed() -> None:
     with ImageIndex.build([picture(0), picture(1, 7), picture(2)], None, Choosy()) as index:
         assert index.report is not None
         assert index.report.added == 2
@@ -172,6 +175,14 @@ def test_nothing_usable_leaves_no_folder(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UsageError, match="found none in"):
         ImageIndex.build([tmp_path / "nothing"], tmp_path / "index", ENCODER)
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_copy_of_an_image_that_cannot_be_used_is_none_that_can(tmp_path: Path, in_memory: bool) -> None:
+    place, images = None if in_memory else tmp_path / "index", [picture(1, 7), picture(1, 7)]
+    with pytest.raises(ImageError, match=r"none of 2 images could be used \(first: picture 0: the encoder gives no"):
+        ImageIndex.build(images, place, Choosy())
     assert not (tmp_path / "index").exists()
 
 

@@ -126,9 +126,9 @@ class ImageIndex:
         try:
             report = index.report = index.add(found, progress=progress, previews=previews, ray=ray)
         finally:
-            if not len(index):
+            if empty := not len(index):
                 index._abandon()
-        if not report.added and not report.already_present:
+        if empty:
             first = report.skipped[0]
             raise ImageError(
                 f"none of {len(found)} images could be used (first: {first.source}: {first.reason}): mend or replace them"

@@ -29,6 +29,38 @@ def test_an_index_that_keeps_itself_compact_compacts_when_it_is_worth_it(tmp_pat
         assert store.problems() == []
 
 
+def test_what_is_removed_during_a_compaction_is_followed_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compact, turns = Store.compact, iter([range(60, 120), range(120, 140)])
+
+    def slow(store: Store) -> None:
+        compact(store)
+        index.remove([str(n) for n in next(turns)])
+
+    with filled(tmp_path / "index", 400) as store:
+        index = ImageIndex(store, settings=EVERYWHERE)
+        upkeep = index.keep_compact()
+        monkeypatch.setattr(Store, "compact", slow)
+        index.remove([str(n) for n in range(60)])
+        upkeep.wait()
+        assert (store.snapshot().num_rows, len(index)) == (280, 260)
+
+
+def test_a_compaction_that_changes_nothing_is_not_begun_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = list[int]()
+    monkeypatch.setattr(Store, "compact", lambda store: begun.append(len(store)))
+    with filled(tmp_path / "index", 100) as store:
+        index = ImageIndex(store, settings=EVERYWHERE)
+        upkeep = index.keep_compact()
+        for number in range(2):
+            index.remove([str(n) for n in range(30 * number, 30 * number + 30)])
+            upkeep.wait()
+        assert begun == [70, 40]
+
+
 def test_what_stopped_a_compaction_in_the_background_is_said_and_the_next_one_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

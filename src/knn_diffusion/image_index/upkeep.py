@@ -18,7 +18,7 @@ class Upkeep:
         self._worker: threading.Thread | None = None
 
     def look(self) -> None:
-        """Begin a compaction if it is worth it and none is under way."""
+        """Begin a compaction if it is worth it; one under way looks again when it is done."""
         with self._lock:
             if (self._worker is None or not self._worker.is_alive()) and self._store.waste().worthwhile:
                 self._worker = threading.Thread(target=self._compact, daemon=True)
@@ -26,12 +26,22 @@ class Upkeep:
 
     def wait(self) -> None:
         """Until no compaction is under way."""
-        if (worker := self._worker) is not None:
+        while (worker := self._worker) is not None and worker.is_alive():
             worker.join()
 
     def _compact(self) -> None:
+        compacted = -1
         try:
-            self._store.compact()
-            self.problem = None
+            while (generation := self._store.snapshot().generation) != compacted and not self._is_done():
+                self._store.compact()
+                self.problem, compacted = None, generation
         except KnnDiffusionError as error:
             self.problem = error
+
+    def _is_done(self) -> bool:
+        """Whether there is nothing left that is worth it; then the next `look` begins another thread."""
+        with self._lock:
+            if self._store.waste().worthwhile:
+                return False
+            self._worker = None
+            return True

@@ -20,7 +20,14 @@ import pytest
 from PIL import Image
 from tiny_encoder import tiny_encoder
 
-from knn_diffusion.errors import ConfigError, FingerprintError, KnnDiffusionError, MissingDependencyError, UsageError
+from knn_diffusion.errors import (
+    ConfigError,
+    FingerprintError,
+    KnnDiffusionError,
+    MissingDependencyError,
+    StoreError,
+    UsageError,
+)
 from knn_diffusion.image_index import ImageIndex, RayConfig, content_digest, distributed
 from knn_diffusion.images import find_images
 from knn_diffusion.models.encoders import save_encoder
@@ -162,13 +169,26 @@ def test_an_interrupted_build_goes_on_without_embedding_again(ray: Any, tmp_path
         ImageIndex.build(tmp_path / "photos", tmp_path / "index", Refusing(set()), ray=HERE)
 
 
-def test_a_build_that_another_encoder_began_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_build_that_another_encoder_began_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_encoder(tiny_encoder(), tmp_path / "encoder")
-    store = Store.create(tmp_path / "index", EncoderIdentity(name="other", fingerprint="00", dim=8))
+    with Store.create(tmp_path / "index", EncoderIdentity(name="other", fingerprint="00", dim=8)) as store:
+        store.set_setting("building", "yes")
+    opened, open_ = list[Store](), Store.open
+    monkeypatch.setattr(Store, "open", lambda folder: opened.append(open_(folder)) or opened[-1])
     with pytest.raises(FingerprintError, match=r"was built with other \(8-d, 00\), the encoder is tiny"):
         ImageIndex.build([picture(0)], tmp_path / "index", tmp_path / "encoder", ray=HERE)
-    assert store.setting("encoder_place") is None
-    store.close()
+    with pytest.raises(StoreError, match="closed database"):
+        opened[0].setting("encoder_place")
+    with open_(tmp_path / "index") as store:
+        assert store.setting("encoder_place") is None
+
+
+def test_an_index_without_a_rule_is_no_interrupted_build(tmp_path: Path) -> None:
+    made_by = tiny_encoder()
+    identity = EncoderIdentity(name=made_by.name, fingerprint=made_by.fingerprint, dim=made_by.dim)
+    Store.create(tmp_path / "index", identity).close()
+    with pytest.raises(UsageError, match="exists: choose another or add to the index there"):
+        ImageIndex.build([picture(0)], tmp_path / "index", made_by, ray=HERE)
 
 
 def store_of(sources: Sequence[str]) -> Store:

@@ -345,6 +345,27 @@ def test_an_interruption_keeps_what_was_added(tmp_path: Path, monkeypatch: pytes
         assert index.add(sources).added == 1
 
 
+@pytest.mark.parametrize("asked", [None, OFF])
+def test_an_interrupted_build_gets_its_rule_when_it_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: DedupConfig | None
+) -> None:
+    monkeypatch.setattr(ingest, "COMMIT_IMAGES", 4)
+    monkeypatch.setattr(ingest, "ENCODE_IMAGES", 4)
+    images = [picture(number) for number in range(20)]
+    broken = SourceImage("late", "late", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        ImageIndex.build([*images[:8], broken], tmp_path / "index", ENCODER, rule=asked)
+    with ImageIndex.build(images, None, ENCODER, rule=asked) as index:
+        expected = index.rule
+    with ImageIndex.open(tmp_path / "index", ENCODER) as index:
+        assert len(index) == 8
+        assert index.add(images).added == 12
+        assert index.rule == expected
+        index.add([picture(number) for number in range(20, 40)])
+    with ImageIndex.open(tmp_path / "index", ENCODER) as index:
+        assert index.rule == expected
+
+
 def test_a_full_disk_keeps_earlier_batches(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = os.replace, 0
 

@@ -57,6 +57,8 @@ from knn_diffusion.retrieval.store import EncoderIdentity, Store
 from knn_diffusion.shapes import Neighbors
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
+BUILDING = "building"
+"""The setting that says that a build is not complete."""
 Excluded = Collection[str] | Sequence[Collection[str]]
 
 
@@ -110,16 +112,20 @@ class ImageIndex:
                 with the same call.
 
         Raises: UsageError when the folder exists or no image is found; ImageError when none can be used; with `ray`, what
-            `add` raises, and FingerprintError when another encoder began the build. After an interruption the folder holds what was added so far, and `add` goes on from there.
+            `add` raises, and FingerprintError when another encoder began the build. After an interruption the folder holds
+            what was added so far, and `add` goes on from there.
         """
         found, loaded = find_sources(images), _loaded(encoder)
         if announce is not None:
             announce(plan_for(len(found), loaded.dim, settings or IndexConfig()))
         identity = EncoderIdentity(name=loaded.name, fingerprint=loaded.fingerprint, dim=loaded.dim)
-        store = _begun(path) if ray is not None else None
+        store = _interrupted(path) if ray is not None else None
         if store is None:
             store = Store.create(Path(path) if path is not None else None, identity)
-        index = cls(store, loaded, settings)
+            store.set_setting(BUILDING, "yes")
+        index = cls._opened(store, loaded, settings)
+        if rule is not None:
+            index.set_rule(rule)
         if isinstance(encoder, str | Path):
             place = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
             store.set_setting("encoder_place", place)
@@ -133,7 +139,6 @@ class ImageIndex:
             raise ImageError(
                 f"none of {len(found)} images could be used (first: {first.source}: {first.reason}): mend or replace them"
             )
-        index.set_rule(rule or default_rule(loaded.name) or calibrate(store))
         index._retriever.prepare(progress)
         return index
 
@@ -222,12 +227,7 @@ class ImageIndex:
 
         Raises: StoreError when there is no sound index; FingerprintError when it was built with another encoder.
         """
-        store = Store.open(_resolve(path), read_only=read_only)
-        try:
-            return cls(store, encoder, settings)
-        except BaseException:
-            store.close()
-            raise
+        return cls._opened(Store.open(_resolve(path), read_only=read_only), encoder, settings)
 
     # Changing
 
@@ -242,7 +242,7 @@ class ImageIndex:
         """Add images; each batch is on the disk, and found by searches, when the next one starts.
 
         An image that cannot be read is listed with its reason and passed over; one that is there already, pixel for
-        pixel, is counted and passed over.
+        pixel, is counted and passed over. A build that was interrupted is complete when this returns.
 
         Args:
             ray: spread decoding and embedding over processes or machines. An image under a known absolute path, in a file
@@ -265,6 +265,7 @@ class ImageIndex:
                     told("adding images", number, len(found))
             finally:
                 writer.commit()
+        self._complete()
         self._look_after()
         return writer.report
 
@@ -572,6 +573,25 @@ class ImageIndex:
 
     # Inside
 
+    @classmethod
+    def _opened(
+        cls, store: Store, encoder: JointEncoder | str | Path | None, settings: IndexConfig | None
+    ) -> ImageIndex:
+        """The index of a store, which is closed when the encoder is another."""
+        try:
+            return cls(store, encoder, settings)
+        except BaseException:
+            store.close()
+            raise
+
+    def _complete(self) -> None:
+        """End a build, also one that was interrupted: it gets its rule when all images are there."""
+        if not len(self) or not self._store.setting(BUILDING):
+            return
+        if self._store.setting("dedup") is None:
+            self.set_rule(default_rule(self._store.encoder.name) or calibrate(self._store))
+        self._store.set_setting(BUILDING, "")
+
     def _look_after(self) -> None:
         if self.upkeep is not None:
             self.upkeep.look()
@@ -644,12 +664,12 @@ def _per_query(exclude_ids: Excluded | None, count: int) -> list[list[str]] | No
     return [list(one) for one in every]
 
 
-def _begun(path: str | Path | None) -> Store | None:
-    """The store of a build that was interrupted: it has no rule yet."""
+def _interrupted(path: str | Path | None) -> Store | None:
+    """The store of a build that was begun in this folder and is not complete."""
     if path is None or not (Path(path) / DATABASE).is_file():
         return None
     store = Store.open(Path(path))
-    if store.setting("dedup") is None and not store.read_only:
+    if store.setting(BUILDING) and not store.read_only:
         return store
     store.close()
     return None

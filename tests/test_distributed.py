@@ -29,7 +29,7 @@ from knn_diffusion.errors import (
     UsageError,
 )
 from knn_diffusion.image_index import ImageIndex, RayConfig, content_digest, distributed
-from knn_diffusion.images import find_images
+from knn_diffusion.images import SourceImage, find_images
 from knn_diffusion.models.encoders import save_encoder
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 
@@ -220,6 +220,16 @@ def test_only_files_that_surely_stayed_as_they_were_are_passed_over_unread(
     os.utime(tmp_path / "a.png", (time.time() + 9, time.time() + 9))
     with pytest.raises(pytest.fail.Exception):
         ask(tmp_path / "a.png")
+
+
+def test_of_a_large_index_only_the_wanted_images_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read, asked = store_of([f"{number}.png" for number in range(50)]), Store.facts, list[int]()
+    monkeypatch.setattr(Store, "facts", lambda self, rows, now: asked.extend(rows.tolist()) or read(self, rows, now))
+    found = [SourceImage(f"{number}.png", "", lambda: picture(0)) for number in (60, 7, 3)]
+    assert {source: content for source, (content, _) in distributed._known(store, found).items()} == {
+        "3.png": f"{3:064}", "7.png": f"{7:064}",
+    }  # fmt: skip
+    assert asked == [3, 7]
 
 
 def test_the_command_line_prints_its_answer_alone_and_leaves_nothing(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_world import DIM, TOY, batch, content, everything, filled
+from store_world import DIM, TOY, batch, content, everything, filled, id_of
 
 from knn_diffusion.errors import FingerprintError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.retrieval import database
+from knn_diffusion.retrieval import store as module
+from knn_diffusion.retrieval.segments import CompactedError
 from knn_diffusion.retrieval.store import Item, Store
 
 
@@ -397,6 +399,22 @@ def test_a_condition_selects_rows(where: str, expected: set[int]) -> None:
     with filled(None, range(12)) as store:
         store.remove([content(0)[:16]])
         assert set(np.flatnonzero(store.matching(where)).tolist()) == expected
+
+
+def test_rows_are_found_by_where_their_images_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SOURCES_AT_ONCE", 3)
+    odd = "caf\udce9 'quoted\" \\ \n😀.png"
+    with filled(None, range(12)) as store:
+        store.append([Item(source=odd, content=content(20)), Item(source=odd, content=content(21))], batch(range(2))[1])
+        store.remove([id_of(n) for n in (0, 1, 5)])
+        wanted = [odd, "nowhere", *(f"photos/{n}.png" for n in (9, 5, 2, 7, 0))]
+        before = store.snapshot()
+        assert store.rows_from(wanted, before).tolist() == [2, 7, 9, 12, 13]
+        assert store.rows_from([], before).tolist() == []
+        store.compact()
+        assert store.rows_from(wanted, store.snapshot()).tolist() == [0, 4, 6, 9, 10]
+        with pytest.raises(CompactedError):
+            store.rows_from(wanted, before)
 
 
 @pytest.mark.parametrize(

@@ -257,8 +257,8 @@ def _known(store: Store, found: Sequence[SourceImage]) -> dict[str, tuple[str, f
     wanted = {text(one.source): one.source for one in found}
 
     def read(now: Snapshot) -> dict[str, tuple[str, float]]:
-        facts = (one for rows in now.runs() for one in store.facts(rows, now))
-        return {wanted[name]: (content.hex(), added_at) for _, name, _, content, added_at in facts if name in wanted}
+        facts = store.facts(store.rows_from(list(wanted), now), now)
+        return {wanted[source]: (content.hex(), added_at) for _, source, _, content, added_at in facts}
 
     return store.consistently(read)
 

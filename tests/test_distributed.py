@@ -252,6 +252,28 @@ def test_the_command_line_prints_its_answer_alone_and_leaves_nothing(tmp_path: P
     assert not [name for name in set(os.listdir("/tmp")) - before if name.startswith("ray-")]
 
 
+TWICE = """
+import os
+from knn_diffusion.image_index import RayConfig, distributed
+
+os.environ["RAY_DATA_LOG_LEVEL"] = "ERROR"
+before = dict(os.environ)
+for _ in range(2):
+    with distributed.connected(RayConfig(workers=1)) as ray:
+        assert ray.nodes()
+    print({name: value for name, value in os.environ.items() if before.get(name) != value}, len(before) - len(os.environ))
+"""
+
+
+def test_ray_leaves_no_environment_variable_and_starts_again(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'knn-diffusion[ray]'")
+    ran = subprocess.run(
+        [sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+        env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert (ran.stdout, ran.returncode) == ("{} 0\n{} 0\n", 0), ran.stderr
+
+
 def test_without_ray_the_command_that_installs_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match=r"not installed: pip install 'knn-diffusion\[ray\]'"):

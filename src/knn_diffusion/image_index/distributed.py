@@ -40,6 +40,8 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "CRITICAL", "RAY_
 """No usage statistics are sent, and nothing is written between our own lines."""
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """What keeps Ray from listening on other interfaces, on any system, whatever its name says."""
+RAY_VARIABLES = ("RAY_", "PYTHONBREAKPOINT")
+"""How those variables begin that Ray reads or sets."""
 SHORT_PATH = "/tmp" if os.name == "posix" else None
 """Below it the names of sockets are short enough."""
 
@@ -137,24 +139,50 @@ def _chunk(number: int, images: Sequence[SourceImage], contents: Mapping[str, st
 
 @contextmanager
 def connected(settings: RayConfig) -> Iterator[Any]:
-    """Ray, connected as it is already or as the settings say; what is started here ends here.
+    """Ray, connected as it is already or as the settings say; what is started and set here ends here.
 
     Raises: MissingDependencyError without Ray; KnnDiffusionError when there is no cluster at the address.
     """
-    for name, value in (QUIET if settings.address else QUIET | ON_LOOPBACK).items():
-        os.environ.setdefault(name, value)
-    ray = _imported()
-    if ray.is_initialized():
-        yield ray
-        return
-    if settings.address is not None:
-        _require_answer(settings.address)
-    with TemporaryDirectory(prefix="ray-", dir=SHORT_PATH, ignore_cleanup_errors=True) as folder:
-        _start(ray, settings.address, folder)
-        try:
+    with _variables(QUIET if settings.address else QUIET | ON_LOOPBACK):
+        ray = _imported()
+        if ray.is_initialized():
             yield ray
-        finally:
-            ray.shutdown()
+            return
+        if settings.address is not None:
+            _require_answer(settings.address)
+        with TemporaryDirectory(prefix="ray-", dir=SHORT_PATH, ignore_cleanup_errors=True) as folder:
+            _start(ray, settings.address, folder)
+            try:
+                yield ray
+            finally:
+                ray.shutdown()
+
+
+@contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables that are not set, and in the end take back all that were set for Ray meanwhile, by itself too."""
+    before = _of_ray(os.environ)
+    os.environ.update({**values, **before})
+    try:
+        yield
+    finally:
+        for name in _of_ray(os.environ).keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+        _forget_variables()
+
+
+def _of_ray(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name.startswith(RAY_VARIABLES)}
+
+
+def _forget_variables() -> None:
+    """Make Ray read its variables when it starts the next time: it remembers mode and token of the first."""
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and not ray.is_initialized():
+        with suppress(AttributeError):  # a version without tokens
+            ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+            ray._raylet.Config.initialize("")
 
 
 def _start(ray: Any, address: str | None, folder: str) -> None:

@@ -317,6 +317,9 @@ def test_wrong_uses_of_dedup_are_refused_before_the_work(run: Any, index: Path, 
     fails(run("index", "dedup", index, "--threshold", 1.5), 2, "threshold must be in (0, 1], got 1.5")
     fails(run("index", "dedup", index, "--threshold", "nan"), 2, "threshold must be in (0, 1], got nan")
     fails(run("index", "dedup", index, "--report", tmp_path / "copies.txt"), 2, "expected a .csv or .jsonl file")
+    for name in ("copies.psd", "copies", ".png"):
+        expected = f"expected a .png file for the picture of copies, got {tmp_path / name}: change its name"
+        fails(run("index", "dedup", index, "--picture", tmp_path / name), 2, expected)
     fails(run("index", "dedup", tmp_path / "nowhere"), 1, "nowhere")
 
 

@@ -14,6 +14,7 @@ import pytest
 from knn_diffusion.cli import main
 from knn_diffusion.errors import KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.image_index import ImageIndex
+from knn_diffusion.image_index import index as index_module
 from knn_diffusion.image_index.tuning import report, tune
 from knn_diffusion.retrieval import cell_engine, kept
 from knn_diffusion.retrieval.cell_engine import CellEngine
@@ -411,7 +412,7 @@ def test_training_again_in_memory_serves_the_new_cells() -> None:
 def test_the_command_trains_again_and_the_report_tells_the_growth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ImageIndex, "_stored_settings", lambda _: SETTINGS)
+    monkeypatch.setattr(index_module, "stored_settings", lambda _: SETTINGS)
     store, _ = grown(tmp_path / "index")
     store.close()
     place = str(tmp_path / "index")

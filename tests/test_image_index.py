@@ -20,6 +20,7 @@ from PIL import Image
 
 from knn_diffusion.errors import FingerprintError, ImageError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.image_index import AddReport, ImageIndex, content_digest, ingest
+from knn_diffusion.image_index import encoder as encoder_module
 from knn_diffusion.image_index import index as module
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
@@ -211,7 +212,7 @@ def test_the_encoder_is_loaded_by_where_it_was_or_by_its_name(
         asked.append(str(place))
         return ColourEncoder()
 
-    monkeypatch.setattr(module, "load_encoder", load)
+    monkeypatch.setattr(encoder_module, "load_encoder", load)
     ImageIndex.build([photos], tmp_path / "one", ENCODER).close()
     (tmp_path / "kept").mkdir()
     ImageIndex.build([photos], tmp_path / "two", tmp_path / "kept").close()
@@ -339,6 +340,7 @@ def test_an_interruption_keeps_what_was_added(tmp_path: Path, monkeypatch: pytes
     sources = [SourceImage(f"{n}", f"{n}", lambda n=n: picture(n)) for n in range(7)]  # type: ignore[misc]
     with pytest.raises(KeyboardInterrupt):
         ImageIndex.build([*sources, SourceImage("late", "late", interrupt)], tmp_path / "index", ENCODER)
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["segments", "store.sqlite"]
     with ImageIndex.open(tmp_path / "index", ENCODER) as index:
         assert len(index) == 6  # the seventh was decoded, but not yet encoded
         index.check()

@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from knn_diffusion.checkpoint import atomic_path
-from knn_diffusion.errors import StoreError, UsageError
-from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule, NearDuplicates
+from knn_diffusion.errors import UsageError
+from knn_diffusion.image_index.upkeep import require_writable
+from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule, NearDuplicates, find_near_duplicates
+from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
@@ -108,10 +110,7 @@ class DedupReport:
 
         Raises: StoreError for a read-only index; UsageError when a copy, or one that stays for it, was removed meanwhile.
         """
-        if self.store.read_only:
-            raise StoreError(
-                f"expected an index that can be changed, {self.store.name} is read-only: save a copy of it"
-            )
+        require_writable(self.store)
         self.store.remove(self._ids(self.found.dropped), self._ids(np.unique(self.found.kept)))
         self.removed()
 
@@ -128,6 +127,27 @@ class DedupReport:
         for one, other, cosine in zip(gone, kept, self.found.cosines[numbers].tolist(), strict=True):
             shown = round(cosine, 6)
             yield Copy(id=one.id, kept=other.id, cosine=shown, source=one.source, kept_source=other.source)
+
+
+def find_copies(
+    store: Store,
+    rule: NearDuplicateRule,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    removed: Callable[[], None],
+) -> DedupReport:
+    """See ImageIndex.dedup.
+
+    Args:
+        removed: told after copies were removed.
+    """
+
+    def read(now: Snapshot) -> DedupReport:
+        found = find_near_duplicates(store, now, rule, device=device, progress=progress)
+        return DedupReport(store=store, snapshot=now, rule=rule, found=found, removed=removed)
+
+    return store.consistently(read)
 
 
 def require_table(path: Path) -> None:

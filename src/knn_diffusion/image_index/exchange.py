@@ -1,4 +1,4 @@
-"""Whose embeddings they are: the encoder of vectors that come from files, and the index they go into."""
+"""Embeddings from files into an index: whose they are, and which index they may go into."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
-from knn_diffusion.models.encoders import JointEncoder, load_encoder
+from knn_diffusion.image_index.building import filling
+from knn_diffusion.image_index.encoder import NOT_AT_HAND, AnyEncoder, identity_of, keep_place, loaded
+from knn_diffusion.image_index.settings import settle_rule
 from knn_diffusion.retrieval.database import DATABASE
-from knn_diffusion.retrieval.interchange import VectorFiles
+from knn_diffusion.retrieval.interchange import ImportReport, VectorFiles, import_vectors
+from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
-
-NOT_AT_HAND = ""
-"""The fingerprint of an encoder that is known by name only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
     """What the caller says of the encoder: itself, its name or place; or only a name; and the width of its vectors."""
 
-    encoder: JointEncoder | str | Path | None = None
+    encoder: AnyEncoder | None = None
     name: str | None = None
     dim: int | None = None
 
     def identity(self, width: int) -> EncoderIdentity | None:
         """The encoder it means, for vectors of this width; None when it says nothing."""
         if self.encoder is not None:
-            found = load_encoder(self.encoder) if isinstance(self.encoder, str | Path) else self.encoder
-            return EncoderIdentity(name=found.name, fingerprint=found.fingerprint, dim=found.dim)
+            return identity_of(loaded(self.encoder))
         return EncoderIdentity(name=self.name, fingerprint=NOT_AT_HAND, dim=self.dim or width) if self.name else None
 
     def agrees(self, one: EncoderIdentity, other: EncoderIdentity) -> bool:
@@ -39,6 +38,26 @@ class Claim:
             return one.fingerprint == other.fingerprint
         by_name_only = [each.name for each in (one, other) if each.fingerprint == NOT_AT_HAND]
         return one.name == other.name or (self.encoder is not None and self.name in by_name_only)
+
+
+def import_files(
+    files: VectorFiles, path: Path, claim: Claim, progress: Progress | None = None
+) -> tuple[Store, ImportReport]:
+    """The store in `path` with the vectors of the files in it, and what became of them.
+
+    Raises: what `store_for` raises; StoreError when a file is damaged, or no vector can be used.
+    """
+    new = not (path / DATABASE).is_file()
+    store = store_for(files, path, claim)
+    with filling(store, new=new):
+        report = import_vectors(store, files, progress=progress)
+        if not report.added and not report.already_present and not report.resumed_at:
+            first = f" (first: {report.skipped[0].source}: {report.skipped[0].reason})" if report.skipped else ""
+            raise StoreError(
+                f"none of {report.rows} vectors in {files.shards[0].path} could be used{first}: save others"
+            )
+        settle_rule(store)
+    return store, report
 
 
 def store_for(files: VectorFiles, path: Path, claim: Claim) -> Store:
@@ -52,20 +71,8 @@ def store_for(files: VectorFiles, path: Path, claim: Claim) -> Store:
     identity = _identity(files, claim)
     there = (path / DATABASE).is_file()
     store = _existing(path, identity, claim) if there else Store.create(path, identity)
-    if isinstance(claim.encoder, str | Path):
-        is_folder = Path(claim.encoder).is_dir()
-        store.set_setting("encoder_place", str(Path(claim.encoder).absolute() if is_folder else claim.encoder))
+    keep_place(store, claim.encoder)
     return store
-
-
-def refuse_unknown(store: Store) -> None:
-    """Raise FingerprintError when the store's encoder is known by name only."""
-    made = store.encoder
-    if made.fingerprint == NOT_AT_HAND:
-        raise FingerprintError(
-            f"{store.name} was imported as made by {made.name} ({made.dim}-d), which is not at hand: search it by vectors, "
-            f"or import the same files into it again with --encoder FOLDER --encoder-name {made.name!r}"
-        )
 
 
 def _identity(files: VectorFiles, claim: Claim) -> EncoderIdentity:

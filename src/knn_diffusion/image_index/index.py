@@ -9,13 +9,7 @@ The folder is the truth (`retrieval/store.py`); everything else here is made fro
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import shutil
-import threading
-from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +20,21 @@ from PIL import Image
 
 from knn_diffusion import images as pictures
 from knn_diffusion.checkpoint import atomic_folder
-from knn_diffusion.config import from_dict, to_dict
-from knn_diffusion.errors import FingerprintError, ImageError, StoreError, UsageError
-from knn_diffusion.image_index.dedup import DedupReport
-from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
-from knn_diffusion.image_index.exchange import Claim, refuse_unknown, store_for
-from knn_diffusion.image_index.ingest import AddReport, Images, Writer, embed, find_sources
-from knn_diffusion.image_index.upkeep import Upkeep
-from knn_diffusion.models.encoders import JointEncoder, load_encoder
+from knn_diffusion.config import to_dict
+from knn_diffusion.errors import ImageError, StoreError, UsageError
+from knn_diffusion.image_index import building, catalog
+from knn_diffusion.image_index.dedup import DedupReport, find_copies
+from knn_diffusion.image_index.distributed import RayConfig
+from knn_diffusion.image_index.encoder import AnyEncoder, IndexEncoder, identity_of, keep_place, loaded
+from knn_diffusion.image_index.exchange import Claim, import_files
+from knn_diffusion.image_index.exclusion import Excluded, excluded_items, per_query
+from knn_diffusion.image_index.ingest import AddReport, Images, find_sources
+from knn_diffusion.image_index.settings import keep_reach, keep_rule, stored_rule, stored_settings
+from knn_diffusion.image_index.upkeep import Upkeep, require_writable
+from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.retrieval.compaction import Waste
 from knn_diffusion.retrieval.database import DATABASE
-from knn_diffusion.retrieval.dedup import OFF, DedupConfig, calibrate, default_rule
+from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.drift import Drift, drift
 from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.interchange import (
@@ -46,20 +44,16 @@ from knn_diffusion.retrieval.interchange import (
     Sources,
     export_vectors,
     find_vectors,
-    import_vectors,
 )
 from knn_diffusion.retrieval.kept import cache_problem
-from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule, find_near_duplicates
+from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule
 from knn_diffusion.retrieval.neighbors import Progress, neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, plan_for
-from knn_diffusion.retrieval.segments import Snapshot, unit_rows
-from knn_diffusion.retrieval.store import EncoderIdentity, Store
+from knn_diffusion.retrieval.segments import unit_rows
+from knn_diffusion.retrieval.store import Store
 from knn_diffusion.shapes import Neighbors
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
-BUILDING = "building"
-"""The setting that says that a build is not complete."""
-Excluded = Collection[str] | Sequence[Collection[str]]
 
 
 class ImageIndex:
@@ -69,29 +63,23 @@ class ImageIndex:
     permission) takes `add` and `remove` in memory only; `save` keeps them elsewhere.
     """
 
-    def __init__(
-        self, store: Store, encoder: JointEncoder | str | Path | None = None, settings: IndexConfig | None = None
-    ) -> None:
+    def __init__(self, store: Store, encoder: AnyEncoder | None = None, settings: IndexConfig | None = None) -> None:
         self._store = store
-        self._encoder: JointEncoder | None = None
-        self._encoder_place = encoder if isinstance(encoder, str | Path) else None
-        self._lock = threading.Lock()
+        self._encoder = IndexEncoder(store, encoder)
+        self._retriever = LocalRetriever(store, settings or stored_settings(store), stored_rule(store))
         self.report: AddReport | None = None
         """What `build` did with its images."""
         self.import_report: ImportReport | None = None
         """What `import_embeddings` did with its vectors."""
         self.upkeep: Upkeep | None = None
         """What compacts the index in the background, see `keep_compact`."""
-        self._retriever = LocalRetriever(store, settings or self._stored_settings(), self._stored_rule())
-        if encoder is not None and not isinstance(encoder, str | Path):
-            self._encoder = self._checked(encoder)
 
     @classmethod
     def build(
         cls,
         images: Images,
         path: str | Path | None,
-        encoder: JointEncoder | str | Path,
+        encoder: AnyEncoder,
         *,
         progress: Progress | None = None,
         announce: Callable[[Plan], None] | None = None,
@@ -115,39 +103,49 @@ class ImageIndex:
             `add` raises, and FingerprintError when another encoder began the build. After an interruption the folder holds
             what was added so far, and `add` goes on from there.
         """
-        found, loaded = find_sources(images), _loaded(encoder)
+        found, made_by = find_sources(images), loaded(encoder)
         if announce is not None:
-            announce(plan_for(len(found), loaded.dim, settings or IndexConfig()))
-        identity = EncoderIdentity(name=loaded.name, fingerprint=loaded.fingerprint, dim=loaded.dim)
-        store = _interrupted(path) if ray is not None else None
-        if store is None:
-            store = Store.create(Path(path) if path is not None else None, identity)
-            store.set_setting(BUILDING, "yes")
-        index = cls._opened(store, loaded, settings)
-        if rule is not None:
-            index.set_rule(rule)
-        if isinstance(encoder, str | Path):
-            place = str(Path(encoder).absolute()) if Path(encoder).is_dir() else str(encoder)
-            store.set_setting("encoder_place", place)
-        try:
+            announce(plan_for(len(found), made_by.dim, settings or IndexConfig()))
+        folder = Path(path) if path is not None else None
+        store = building.begin(folder, identity_of(made_by), resume=ray is not None)
+        index = cls._opened(store, made_by, settings)
+        with building.filling(store):
+            keep_place(store, encoder)
+            if rule is not None:
+                index.set_rule(rule)
             report = index.report = index.add(found, progress=progress, previews=previews, ray=ray)
-        finally:
-            if empty := not len(index):
-                index._abandon()
-        if empty:
-            first = report.skipped[0]
-            raise ImageError(
-                f"none of {len(found)} images could be used (first: {first.source}: {first.reason}): mend or replace them"
-            )
+            if not len(index):
+                first = report.skipped[0]
+                raise ImageError(
+                    f"none of {len(found)} images could be used (first: {first.source}: {first.reason}): mend or replace them"
+                )
         index._retriever.prepare(progress)
         return index
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        encoder: AnyEncoder | None = None,
+        *,
+        read_only: bool = False,
+        settings: IndexConfig | None = None,
+    ) -> ImageIndex:
+        """The index in a folder, or the bundled one of that name.
+
+        Args:
+            encoder: the one the index was built with; None loads it when first needed.
+
+        Raises: StoreError when there is no sound index; FingerprintError when it was built with another encoder.
+        """
+        return cls._opened(Store.open(_resolve(path), read_only=read_only), encoder, settings)
 
     @classmethod
     def import_embeddings(
         cls,
         source: Sources,
         path: str | Path,
-        encoder: JointEncoder | str | Path | None = None,
+        encoder: AnyEncoder | None = None,
         *,
         encoder_name: str | None = None,
         dim: int | None = None,
@@ -172,62 +170,13 @@ class ImageIndex:
         Raises: UsageError when there is nothing to import or nobody says which encoder it was; FingerprintError when the
             vectors are of another; StoreError when a file is damaged, or no vector can be used.
         """
-        files, new = find_vectors(source, ids=ids, provenance=provenance), not (Path(path) / DATABASE).is_file()
-        store = store_for(files, Path(path), Claim(encoder=encoder, name=encoder_name, dim=dim))
-        index = cls(store, encoder, settings)
-        try:
-            report = index.import_report = import_vectors(store, files, progress=progress)
-        finally:
-            if new and not len(index):
-                index._abandon()
-        if not report.added and not report.already_present and not report.resumed_at:
-            first = f" (first: {report.skipped[0].source}: {report.skipped[0].reason})" if report.skipped else ""
-            raise StoreError(
-                f"none of {report.rows} vectors in {files.shards[0].path} could be used{first}: save others"
-            )
-        if store.setting("dedup") is None:
-            index.set_rule(default_rule(store.encoder.name) or calibrate(store))
+        files = find_vectors(source, ids=ids, provenance=provenance)
+        claim = Claim(encoder=encoder, name=encoder_name, dim=dim)
+        store, report = import_files(files, Path(path), claim, progress)
+        index = cls._opened(store, encoder, settings)
+        index.import_report = report
         index._retriever.prepare(progress)
         return index
-
-    def export(
-        self,
-        path: str | Path,
-        *,
-        layout: Layout = "clip-retrieval",
-        faiss: bool = False,
-        progress: Progress | None = None,
-    ) -> ExportReport:
-        """Write ids, provenance and embeddings into a new folder that other tools read.
-
-        Args:
-            layout: "clip-retrieval" (img_emb/*.npy and metadata/*.parquet) or "npy" (embeddings.npy, ids.txt and
-                provenance.jsonl).
-            faiss: also write `image.index` for faiss.
-
-        Raises: UsageError when the folder exists; StoreError when the index is empty; KnnDiffusionError when the disk is
-            full, and then nothing is left.
-        """
-        settings = self._retriever.settings if faiss else None
-        return export_vectors(self._store, Path(path), layout=layout, faiss=settings, progress=progress)
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        encoder: JointEncoder | str | Path | None = None,
-        *,
-        read_only: bool = False,
-        settings: IndexConfig | None = None,
-    ) -> ImageIndex:
-        """The index in a folder, or the bundled one of that name.
-
-        Args:
-            encoder: the one the index was built with; None loads it when first needed.
-
-        Raises: StoreError when there is no sound index; FingerprintError when it was built with another encoder.
-        """
-        return cls._opened(Store.open(_resolve(path), read_only=read_only), encoder, settings)
 
     # Changing
 
@@ -251,23 +200,11 @@ class ImageIndex:
         Raises: UsageError when no image is found; KnnDiffusionError when the disk is full, or Ray gives up: earlier
             batches stay. MissingDependencyError without Ray.
         """
-        found, writer = find_sources(images), Writer(self._store)
-        told = progress or (lambda what, done, total: None)
-        told("adding images", 0, len(found))
-        if ray is None:
-            outcomes = embed(found, self.encoder, previews, writer.knows)
-        else:
-            outcomes = embed_on_ray(found, self.encoder, self._store, previews, ray)
-        with closing(outcomes):
-            try:
-                for number, outcome in enumerate(outcomes, 1):
-                    writer.take(outcome)
-                    told("adding images", number, len(found))
-            finally:
-                writer.commit()
-        self._complete()
+        report = building.add(self._store, self._encoder, images, previews=previews, ray=ray, progress=progress)
+        if building.complete(self._store):
+            self._retriever.rule = stored_rule(self._store)
         self._look_after()
-        return writer.report
+        return report
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove images; the next search does not find them.
@@ -296,12 +233,7 @@ class ImageIndex:
         """
         asked = {"threshold": threshold, "manhattan": manhattan}
         rule = replace(NearDuplicateRule.stricter_than(self.rule), **{k: v for k, v in asked.items() if v is not None})
-
-        def read(now: Snapshot) -> DedupReport:
-            found = find_near_duplicates(self._store, now, rule, device=device, progress=progress)
-            return DedupReport(store=self._store, snapshot=now, rule=rule, found=found, removed=self._look_after)
-
-        return self._store.consistently(read)
+        return find_copies(self._store, rule, device=device, progress=progress, removed=self._look_after)
 
     def compact(self, *, progress: Progress | None = None) -> Waste:
         """Take removed images off the disk and make many small segments few; ids, order and everything else stay.
@@ -319,7 +251,7 @@ class ImageIndex:
 
         Raises: StoreError when the index is read-only.
         """
-        self._require_writable()
+        require_writable(self._store)
         self.upkeep = self.upkeep or Upkeep(self._store)
         self._look_after()
         return self.upkeep
@@ -337,7 +269,7 @@ class ImageIndex:
         Raises: UsageError where every image is compared; StoreError when the index is read-only; KnnDiffusionError when the
             disk is full, and then it is searched as before.
         """
-        self._require_writable()
+        require_writable(self._store)
         return self._retriever.retrain(progress)
 
     def drift(self) -> Drift | None:
@@ -349,7 +281,7 @@ class ImageIndex:
 
     def set_rule(self, rule: DedupConfig) -> None:
         """Keep with the index when two of its images count as the same picture."""
-        self._store.set_setting("dedup", json.dumps(to_dict(rule)))
+        keep_rule(self._store, rule)
         self._retriever.rule = rule
 
     def set_reach(self, settings: IndexConfig) -> None:
@@ -357,9 +289,8 @@ class ImageIndex:
 
         Raises: StoreError when the index is read-only.
         """
-        self._require_writable()
-        reaches = {"image": to_dict(settings.image), "text": to_dict(settings.text)}
-        self._store.set_setting("reach", json.dumps(reaches))
+        require_writable(self._store)
+        keep_reach(self._store, settings)
         self._retriever.settings = settings
 
     def save(self, path: str | Path, *, sealed: bool = False) -> None:
@@ -376,6 +307,27 @@ class ImageIndex:
         with atomic_folder(target) as temporary:
             self._store.copy_to(temporary, sealed=sealed)
 
+    def export(
+        self,
+        path: str | Path,
+        *,
+        layout: Layout = "clip-retrieval",
+        faiss: bool = False,
+        progress: Progress | None = None,
+    ) -> ExportReport:
+        """Write ids, provenance and embeddings into a new folder that other tools read.
+
+        Args:
+            layout: "clip-retrieval" (img_emb/*.npy and metadata/*.parquet) or "npy" (embeddings.npy, ids.txt and
+                provenance.jsonl).
+            faiss: also write `image.index` for faiss.
+
+        Raises: UsageError when the folder exists; StoreError when the index is empty; KnnDiffusionError when the disk is
+            full, and then nothing is left.
+        """
+        settings = self._retriever.settings if faiss else None
+        return export_vectors(self._store, Path(path), layout=layout, faiss=settings, progress=progress)
+
     def overlay(self) -> ImageIndex:
         """The images of this index's folder in one that changes in memory only; this one stays as it is.
 
@@ -383,7 +335,7 @@ class ImageIndex:
         """
         if self._store.folder is None:
             raise StoreError("expected an index in a folder to lay changes over, this one is in memory: save it first")
-        return ImageIndex.open(self._store.folder, self._encoder or self._encoder_place, read_only=True)
+        return ImageIndex.open(self._store.folder, self._encoder.given, read_only=True)
 
     def close(self) -> None:
         """Leave no journal beside the database, after a compaction under way; the index cannot be used afterwards."""
@@ -419,7 +371,7 @@ class ImageIndex:
         Raises: UsageError when k is below 1 or beyond the index, or `where` is no condition; FingerprintError when the
             vectors have another width.
         """
-        excluded = _per_query(exclude_ids, len(queries))
+        excluded = per_query(exclude_ids, len(queries))
         rule = None if deduplicate else OFF
         return self._retriever.search(queries, k, excluded, where, modality=modality, rule=rule)
 
@@ -445,14 +397,9 @@ class ImageIndex:
         Args:
             exclude_ids: as in `search`; the first of a query is the image itself.
         """
-        snapshot = self._store.snapshot()
-        rows, excluded = snapshot.live_rows, _per_query(exclude_ids, len(queries)) or [[]] * len(queries)
-        found = self._store.rows_of([one for ids in excluded for one in ids], snapshot)
-        places = np.where(found >= 0, np.searchsorted(rows, found), -1)
-        table = np.full((len(queries), max((len(ids) for ids in excluded), default=0)), -1, np.int64)
-        table[np.arange(table.shape[1]) < np.array([len(ids) for ids in excluded], np.int64)[:, None]] = places
+        excluded = excluded_items(self._store, exclude_ids, len(queries))
         units = unit_rows(queries, self.dim, "queries")
-        return neighbors_of(self._store, units, table, k, self.rule, device=device)
+        return neighbors_of(self._store, units, excluded, k, self.rule, device=device)
 
     def self_neighbors(
         self, k: int, *, output: str | Path | None = None, device: str = "cpu", progress: Progress | None = None
@@ -479,12 +426,7 @@ class ImageIndex:
 
         Raises: FingerprintError when the one of that name or place is another; UsageError when there is none.
         """
-        with self._lock:
-            if self._encoder is None:
-                refuse_unknown(self._store)
-                place = self._encoder_place or self._neighboring_encoder() or self._store.setting("encoder_place")
-                self._encoder = self._checked(_loaded(place or self._store.encoder.name))
-            return self._encoder
+        return self._encoder.load()
 
     @property
     def retriever(self) -> LocalRetriever:
@@ -514,7 +456,7 @@ class ImageIndex:
     @property
     def ids(self) -> list[str]:
         """The id of every image, in the order of `embeddings`."""
-        return self._store.consistently(lambda now: [item.id for item in self._store.items(now.live_rows, now)])
+        return catalog.ids(self._store)
 
     @property
     def embeddings(self) -> Float16[np.ndarray, "items dim"]:
@@ -525,14 +467,11 @@ class ImageIndex:
     @property
     def digest(self) -> str:
         """Changes whenever the images, their order, or the rule of de-duplication do."""
-        snapshot = self._store.snapshot()
-        parts = snapshot.digest(len(snapshot.segments)), np.packbits(snapshot.alive).tobytes().hex(), repr(self.rule)
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        return catalog.digest(self._store, self.rule)
 
     def sources(self, ids: Sequence[str]) -> list[str]:
         """Where the images came from. Raises: UsageError for an unknown id."""
-        found = self._store.consistently(lambda now: self._store.items(self._rows(ids, now), now))
-        return [item.source for item in found]
+        return catalog.sources(self._store, ids)
 
     def source(self, id_: str) -> str:
         """Where an image came from. Raises: UsageError for an unknown id."""
@@ -540,8 +479,7 @@ class ImageIndex:
 
     def preview(self, id_: str) -> Image.Image | None:
         """A picture of at most 64 pixels, None when the image was added without. Raises: UsageError for an unknown id."""
-        content = self._store.consistently(lambda now: self._store.preview(int(self._rows([id_], now)[0]), now))
-        return Image.open(io.BytesIO(content)).convert("RGB") if content is not None else None
+        return catalog.preview(self._store, id_)
 
     def plan(self) -> Plan:
         """How the index is searched at its size, and the memory that takes."""
@@ -574,9 +512,7 @@ class ImageIndex:
     # Inside
 
     @classmethod
-    def _opened(
-        cls, store: Store, encoder: JointEncoder | str | Path | None, settings: IndexConfig | None
-    ) -> ImageIndex:
+    def _opened(cls, store: Store, encoder: AnyEncoder | None, settings: IndexConfig | None) -> ImageIndex:
         """The index of a store, which is closed when the encoder is another."""
         try:
             return cls(store, encoder, settings)
@@ -584,92 +520,12 @@ class ImageIndex:
             store.close()
             raise
 
-    def _complete(self) -> None:
-        """End a build, also one that was interrupted: it gets its rule when all images are there."""
-        if not len(self) or not self._store.setting(BUILDING):
-            return
-        if self._store.setting("dedup") is None:
-            self.set_rule(default_rule(self._store.encoder.name) or calibrate(self._store))
-        self._store.set_setting(BUILDING, "")
-
     def _look_after(self) -> None:
         if self.upkeep is not None:
             self.upkeep.look()
-
-    def _require_writable(self) -> None:
-        if self.read_only:
-            raise StoreError(
-                f"expected an index that can be changed, {self._store.name} is read-only: save a copy of it"
-            )
-
-    def _rows(self, ids: Sequence[str], snapshot: Snapshot) -> Int[np.ndarray, "ids"]:
-        rows = self._store.rows_of(ids, snapshot)
-        if unknown := [one for one, row in zip(ids, rows, strict=True) if row < 0]:
-            raise UsageError(
-                f"expected the id of an image in {self._store.name}, got {unknown[0]!r}: search to see its ids"
-            )
-        return rows
-
-    def _checked(self, encoder: JointEncoder) -> JointEncoder:
-        refuse_unknown(self._store)
-        made = self._store.encoder
-        if (encoder.fingerprint, encoder.dim) != (made.fingerprint, made.dim):
-            raise FingerprintError(
-                f"{self._store.name} was built with {made.name} ({made.dim}-d, {made.fingerprint[:12]}), the encoder is "
-                f"{encoder.name} ({encoder.dim}-d, {encoder.fingerprint[:12]}): load that encoder or build the index again"
-            )
-        return encoder
-
-    def _stored_rule(self) -> DedupConfig:
-        stored = self._store.setting("dedup")
-        if stored is None:
-            return default_rule(self._store.encoder.name) or DedupConfig(cosine=0.98)
-        return from_dict(DedupConfig, json.loads(stored), source=self._store.name)
-
-    def _stored_settings(self) -> IndexConfig:
-        stored = self._store.setting("reach")
-        return from_dict(IndexConfig, json.loads(stored), source=self._store.name) if stored else IndexConfig()
-
-    def _neighboring_encoder(self) -> Path | None:
-        """The encoder of the model folder that the index lies in."""
-        place = self._store.folder.parent / "encoder" if self._store.folder is not None else None
-        return place if place is not None and place.is_dir() else None
-
-    def _abandon(self) -> None:
-        """Take away the folder of an index that got no image."""
-        self.close()
-        folder = self._store.folder
-        if folder is not None:
-            (folder / DATABASE).unlink(missing_ok=True)
-            shutil.rmtree(folder / "segments")
-            folder.rmdir()
-
-
-def _loaded(encoder: JointEncoder | str | Path) -> JointEncoder:
-    return load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
 
 
 def _resolve(path: str | Path) -> Path:
     """The folder itself, or that of a bundled index."""
     bundled = BUNDLES / str(path) / "index"
     return bundled if not (Path(path) / DATABASE).is_file() and (bundled / DATABASE).is_file() else Path(path)
-
-
-def _per_query(exclude_ids: Excluded | None, count: int) -> list[list[str]] | None:
-    if exclude_ids is None:
-        return None
-    every = list(exclude_ids)
-    if all(isinstance(one, str) for one in every):
-        return [[str(one) for one in every]] * count
-    return [list(one) for one in every]
-
-
-def _interrupted(path: str | Path | None) -> Store | None:
-    """The store of a build that was begun in this folder and is not complete."""
-    if path is None or not (Path(path) / DATABASE).is_file():
-        return None
-    store = Store.open(Path(path))
-    if store.setting(BUILDING) and not store.read_only:
-        return store
-    store.close()
-    return None

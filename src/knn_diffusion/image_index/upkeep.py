@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from knn_diffusion.errors import KnnDiffusionError
+from knn_diffusion.errors import KnnDiffusionError, StoreError
 from knn_diffusion.retrieval.store import Store
 
 
@@ -45,3 +45,9 @@ class Upkeep:
                 return False
             self._worker = None
             return True
+
+
+def require_writable(store: Store) -> None:
+    """Raise StoreError when changes of the store would stay in memory."""
+    if store.read_only:
+        raise StoreError(f"expected an index that can be changed, {store.name} is read-only: save a copy of it")

@@ -1,0 +1,96 @@
+"""Images into a store: a build, one that goes on after an interruption, and what is added later."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
+from knn_diffusion.image_index.encoder import IndexEncoder
+from knn_diffusion.image_index.ingest import AddReport, Images, Writer, embed, find_sources
+from knn_diffusion.image_index.settings import settle_rule
+from knn_diffusion.retrieval.database import DATABASE
+from knn_diffusion.retrieval.neighbors import Progress
+from knn_diffusion.retrieval.store import EncoderIdentity, Store
+
+BUILDING = "building"
+"""The setting that says that a build is not complete."""
+
+
+def begin(path: Path | None, encoder: EncoderIdentity, *, resume: bool) -> Store:
+    """The store to build into: a new one, or with `resume` that of a build which was interrupted in this folder.
+
+    Raises: UsageError when the folder holds anything else.
+    """
+    if resume and path is not None and (store := _interrupted(path)) is not None:
+        return store
+    store = Store.create(path, encoder)
+    store.set_setting(BUILDING, "yes")
+    return store
+
+
+def complete(store: Store) -> bool:
+    """End a build, also one that was interrupted; its rule is settled now that all images are there.
+
+    Returns: whether something was being built.
+    """
+    if not len(store) or not store.setting(BUILDING):
+        return False
+    settle_rule(store)
+    store.set_setting(BUILDING, "")
+    return True
+
+
+@contextmanager
+def filling(store: Store, *, new: bool = True) -> Iterator[None]:
+    """Close the store when filling it fails, and take a new one away again if nothing came into it."""
+    try:
+        yield
+    except BaseException:
+        empty = not len(store)
+        store.close()
+        if new and empty and store.folder is not None:
+            (store.folder / DATABASE).unlink(missing_ok=True)
+            shutil.rmtree(store.folder / "segments")
+            store.folder.rmdir()
+        raise
+
+
+def add(
+    store: Store,
+    encoder: IndexEncoder,
+    images: Images,
+    *,
+    previews: bool,
+    ray: RayConfig | None,
+    progress: Progress | None,
+) -> AddReport:
+    """See ImageIndex.add."""
+    found, writer = find_sources(images), Writer(store)
+    told = progress or (lambda what, done, total: None)
+    told("adding images", 0, len(found))
+    if ray is None:
+        outcomes = embed(found, encoder.load(), previews, writer.knows)
+    else:
+        outcomes = embed_on_ray(found, encoder.load(), store, previews, ray)
+    with closing(outcomes):
+        try:
+            for number, outcome in enumerate(outcomes, 1):
+                writer.take(outcome)
+                told("adding images", number, len(found))
+        finally:
+            writer.commit()
+    return writer.report
+
+
+def _interrupted(path: Path) -> Store | None:
+    """The store of a build that was begun in this folder and is not complete."""
+    if not (path / DATABASE).is_file():
+        return None
+    store = Store.open(path)
+    if store.setting(BUILDING) and not store.read_only:
+        return store
+    store.close()
+    return None

@@ -1,0 +1,46 @@
+"""Which images an index holds: their ids, where they came from, how they look."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from knn_diffusion.errors import UsageError
+from knn_diffusion.retrieval.segments import Snapshot
+from knn_diffusion.retrieval.store import Store
+
+
+def ids(store: Store) -> list[str]:
+    """The id of every image, in the order they were added."""
+    return store.consistently(lambda now: [item.id for item in store.items(now.live_rows, now)])
+
+
+def sources(store: Store, wanted: Sequence[str]) -> list[str]:
+    """Where the images of these ids came from. Raises: UsageError for an unknown id."""
+    found = store.consistently(lambda now: store.items(_rows(store, wanted, now), now))
+    return [item.source for item in found]
+
+
+def preview(store: Store, wanted: str) -> Image.Image | None:
+    """The small picture of an image, None when it has none. Raises: UsageError for an unknown id."""
+    content = store.consistently(lambda now: store.preview(int(_rows(store, [wanted], now)[0]), now))
+    return Image.open(io.BytesIO(content)).convert("RGB") if content is not None else None
+
+
+def digest(store: Store, also: object) -> str:
+    """A digest of the images, their order, and something that counts beside them."""
+    snapshot = store.snapshot()
+    parts = snapshot.digest(len(snapshot.segments)), np.packbits(snapshot.alive).tobytes().hex(), repr(also)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _rows(store: Store, wanted: Sequence[str], snapshot: Snapshot) -> Int[np.ndarray, "ids"]:
+    rows = store.rows_of(wanted, snapshot)
+    if unknown := [one for one, row in zip(wanted, rows, strict=True) if row < 0]:
+        raise UsageError(f"expected the id of an image in {store.name}, got {unknown[0]!r}: search to see its ids")
+    return rows

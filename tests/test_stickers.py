@@ -210,7 +210,7 @@ def test_everyday_words_are_no_words_of_the_emoji_names_either() -> None:
 def test_rendered_arrays_equal_single_drawings_for_any_number_of_processes(processes: int) -> None:
     scenes = stickers.sample_scenes(260 if processes == 2 else 20, 4, "all", GLYPHS)
     done: list[tuple[int, int]] = []
-    pixels = stickers.render_array(scenes, 16, GLYPHS, processes, lambda now, total: done.append((now, total)))
+    pixels = stickers.render_array(scenes, 16, GLYPHS, processes, lambda _, now, total: done.append((now, total)))
     assert pixels.shape == (len(scenes), 16, 16, 3)
     assert done[-1] == (len(scenes), len(scenes))
     for number in (0, 11, len(scenes) - 1):
@@ -233,7 +233,7 @@ def test_a_data_set_holds_pictures_captions_and_facts(tmp_path: Path) -> None:
 def test_a_data_set_cut_short_is_finished_by_the_same_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stickers.make_dataset(tmp_path / "whole", 5, glyphs=GLYPHS, size=16)
 
-    def stop(done: int, total: int) -> None:
+    def stop(what: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from knn_diffusion.cli.terminal import JsonOption, Progress, answer, new_folder, progress, say
+from knn_diffusion.cli.terminal import JsonOption, answer, new_folder, progress, say
+from knn_diffusion.progress import Progress
 
 if TYPE_CHECKING:
     from knn_diffusion.cli.sheet import Block

@@ -12,9 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from knn_diffusion.errors import UsageError
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many are done, and how many there are."""
+from knn_diffusion.progress import Progress
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 

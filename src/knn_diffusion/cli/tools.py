@@ -47,13 +47,7 @@ def stickers(
     from knn_diffusion.stickers.dataset import make_dataset
 
     with progress() as show:
-
-        def report(done: int, total: int) -> None:
-            show("drawing stickers", done, total)
-
-        made = make_dataset(
-            folder, count, seed=seed, size=size, split=split.value, processes=processes, progress=report
-        )
+        made = make_dataset(folder, count, seed=seed, size=size, split=split.value, processes=processes, progress=show)
     result = {"folder": str(made.absolute()), "count": count, "size": size, "split": split.value, "seed": seed}
     answer(result, as_json, lambda: iter([f"{count:,} pictures in {made}"]))
 

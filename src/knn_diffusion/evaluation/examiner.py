@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,12 +20,11 @@ from knn_diffusion.config import config, require
 from knn_diffusion.evaluation.metrics import Features, bootstrap_frechet, frechet_distance, frechet_estimate
 from knn_diffusion.evaluation.report import Row
 from knn_diffusion.models.judge import Judge, Judgement, judge_images
+from knn_diffusion.progress import Progress
 from knn_diffusion.randomness import derive_seed
 from knn_diffusion.stickers.dataset import NamedGlyphs
 
 Pictures = list[Image.Image]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many are done, and how many there are."""
 
 ADDED_SEED, REFERENCE_SEED, VALIDATION_SEED, CEILING_SEED = 910, 911, 912, 913
 """Data sets of the sticker world kept for evaluation: no part is trained on them."""

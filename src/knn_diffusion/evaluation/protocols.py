@@ -28,7 +28,6 @@ from knn_diffusion.evaluation.examiner import (
     Examiner,
     Pictures,
     Pipe,
-    Progress,
     Prompt,
     bootstrap,
     distance_row,
@@ -43,6 +42,7 @@ from knn_diffusion.evaluation.examiner import (
 from knn_diffusion.evaluation.metrics import Features, ratio_estimate, share, top_k_accuracy, top_k_hits
 from knn_diffusion.evaluation.report import Report, Row, Section, circumstances
 from knn_diffusion.models.judge import judge_digest, load_judge
+from knn_diffusion.progress import Progress
 from knn_diffusion.randomness import derive_seed
 from knn_diffusion.stickers.dataset import NamedGlyphs
 

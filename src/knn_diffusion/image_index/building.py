@@ -11,8 +11,8 @@ from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
 from knn_diffusion.image_index.encoder import IndexEncoder
 from knn_diffusion.image_index.ingest import AddReport, Images, Writer, embed, find_sources
 from knn_diffusion.image_index.settings import settle_rule
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.database import DATABASE
-from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
 
 BUILDING = "building"

@@ -15,8 +15,8 @@ from jaxtyping import Int64
 from knn_diffusion.checkpoint import atomic_path
 from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index.upkeep import require_writable
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule, NearDuplicates, find_near_duplicates
-from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 

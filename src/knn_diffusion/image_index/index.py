@@ -32,6 +32,7 @@ from knn_diffusion.image_index.ingest import AddReport, Images, find_sources
 from knn_diffusion.image_index.settings import keep_reach, keep_rule, stored_rule, stored_settings
 from knn_diffusion.image_index.upkeep import Upkeep, require_writable
 from knn_diffusion.models.encoders import JointEncoder
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.compaction import Waste
 from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
@@ -47,7 +48,7 @@ from knn_diffusion.retrieval.interchange import (
 )
 from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule
-from knn_diffusion.retrieval.neighbors import Progress, neighbors_of, self_neighbors
+from knn_diffusion.retrieval.neighbors import neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, plan_for
 from knn_diffusion.retrieval.segments import unit_rows
 from knn_diffusion.retrieval.store import Store

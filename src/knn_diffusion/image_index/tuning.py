@@ -10,6 +10,7 @@ from typing import Any
 from knn_diffusion.checkpoint import atomic_path
 from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index.index import ImageIndex
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval import tuning
 from knn_diffusion.retrieval.drift import Drift, drift
 from knn_diffusion.retrieval.plan import Modality, Reach
@@ -128,7 +129,7 @@ def tune(
     sample: int = SAMPLE,
     save: bool = True,
     retrain: bool = False,
-    progress: tuning.Progress | None = None,
+    progress: Progress | None = None,
 ) -> list[Tuned]:
     """Find the least reach with a recall of at least `target`, for images and, if any are given, for texts.
 
@@ -168,7 +169,7 @@ def report(
     *,
     k: int = 10,
     sample: int = SAMPLE,
-    progress: tuning.Progress | None = None,
+    progress: Progress | None = None,
 ) -> IndexReport:
     """Measure recall against time over the reaches; changes nothing. Arguments and errors as `tune`."""
     asked = _queries(index, texts, k, sample)

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from knn_diffusion.errors import KnnDiffusionError
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.cells import (
     add_rows,
     drop_others,
@@ -39,8 +40,6 @@ from knn_diffusion.retrieval.plan import Plan, Reach, training_points
 from knn_diffusion.retrieval.segments import CompactedError, Snapshot
 from knn_diffusion.retrieval.store import Store
 from knn_diffusion.retrieval.tail import Tail
-
-Progress = Callable[[str, int, int], None]
 
 PART_ROWS = 2**20
 """Rows after which a build is kept on the disk."""

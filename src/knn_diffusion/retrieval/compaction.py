@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from knn_diffusion.errors import KnnDiffusionError, StoreError
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval import manifest
 from knn_diffusion.retrieval.items import item_line
 from knn_diffusion.retrieval.segments import SEGMENT_ROWS, THUMBNAIL_VALUES, Segment, Snapshot
@@ -28,7 +29,6 @@ from knn_diffusion.retrieval.verify import item_problems
 if TYPE_CHECKING:
     from knn_diffusion.retrieval.store import Store
 
-Progress = Callable[[str, int, int], None]
 WORKPLACE = "compacting-"
 WORTH_SHARE, WORTH_SEGMENTS = 0.1, 64
 

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int
 
 from knn_diffusion.errors import KnnDiffusionError, StoreError, UsageError
-from knn_diffusion.retrieval.cell_engine import CellEngine, Progress, shape_of
+from knn_diffusion.progress import Progress
+from knn_diffusion.retrieval.cell_engine import CellEngine, shape_of
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.engines import Allowed, Engine, ExactEngine, FewRowsEngine
 from knn_diffusion.retrieval.kept import KeptIndex, kept_cells

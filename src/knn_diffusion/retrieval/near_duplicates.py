@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Bool, Float16, Float64, Int, Int64, UInt8
 
 from knn_diffusion.config import config, require
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval import neighbors
 from knn_diffusion.retrieval.cell_join import CellLayout, lay_out, unit_tensor
 from knn_diffusion.retrieval.dedup import DedupConfig
-from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES, Snapshot
 from knn_diffusion.retrieval.store import Store
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,11 @@ from torch import Tensor
 
 from knn_diffusion.checkpoint import atomic_write_bytes
 from knn_diffusion.errors import UsageError
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.cell_join import UnfinishedTable, join_cells, lay_out
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig, duplicates, first_different, gather
 from knn_diffusion.retrieval.segments import Snapshot, npy_bytes
 from knn_diffusion.retrieval.store import Store
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much there is."""
 
 EVERY_PAIR = 50_000
 """Up to so many images every pair is compared."""

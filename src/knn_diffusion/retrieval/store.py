@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float16, Int, UInt8
 
 from knn_diffusion.errors import StoreError, UsageError
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval import compaction, manifest, verify
 from knn_diffusion.retrieval.database import (
     DATABASE,
@@ -322,7 +323,7 @@ class Store:
         """What share of the rows is removed, and what a compaction would free."""
         return compaction.waste(self)
 
-    def compact(self, progress: compaction.Progress | None = None) -> compaction.Waste:
+    def compact(self, progress: Progress | None = None) -> compaction.Waste:
         """Take removed images off the disk and make many small segments few; everything else stays as it is.
 
         Searches, additions and removals go on meanwhile; rows are numbered anew and the snapshot's generation rises.

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int
 
 from knn_diffusion.errors import UsageError
-from knn_diffusion.retrieval.cell_engine import Progress
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.engines import unit_vectors
 from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.plan import Modality, Reach

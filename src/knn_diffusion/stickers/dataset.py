@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from knn_diffusion.errors import KnnDiffusionError, UsageError
+from knn_diffusion.progress import Progress
 from knn_diffusion.stickers.concepts import Split, split_digest
 from knn_diffusion.stickers.drawing import draw
 from knn_diffusion.stickers.glyphs import FolderGlyphs, FontGlyphs
@@ -22,9 +23,6 @@ from knn_diffusion.stickers.scenes import Scene, caption, sample_scenes
 
 NamedGlyphs = FontGlyphs | FolderGlyphs
 """Sources that other processes can open again and that have a digest."""
-
-Progress = Callable[[int, int], None]
-"""Called with (pictures done, pictures in all)."""
 
 CHUNK = 250
 T = TypeVar("T")
@@ -65,7 +63,7 @@ def render_array(
         pixels[done : done + len(chunk)] = chunk
         done += len(chunk)
         if progress is not None:
-            progress(done, len(scenes))
+            progress("drawing stickers", done, len(scenes))
     return pixels
 
 
@@ -151,7 +149,7 @@ def _fill_folder(
     for written in _spread(work, _chunks(list(enumerate(scenes))), processes):
         done += written
         if progress is not None:
-            progress(done, len(scenes))
+            progress("drawing stickers", done, len(scenes))
     lines = (
         json.dumps({"file": f"{number:07d}.png", "caption": caption(scene), **asdict(scene)}, ensure_ascii=False) + "\n"
         for number, scene in enumerate(scenes)

@@ -94,12 +94,7 @@ def sticker_pairs(
     source = stickers.FontGlyphs() if glyphs is None else glyphs
     scenes = stickers.sample_scenes(count, seed, "all", source)
     facts = {"split": stickers.split_digest(), "glyphs": source.digest, "count": count, "seed": seed, "size": size}
-
-    def note(done: int, total: int) -> None:
-        if report is not None:
-            report("drawing scenes", done, total)
-
-    pixels = cached_array(cache, "scenes", facts, lambda: stickers.render_array(scenes, size, source, progress=note))
+    pixels = cached_array(cache, "scenes", facts, lambda: stickers.render_array(scenes, size, source, progress=report))
     rng = random.Random(f"captions {seed}")
     texts = [[plainest(scene), *stickers.captions(scene, rng, captions_each - 1)] for scene in scenes]
     different = list(dict.fromkeys(text for each in texts for text in each))

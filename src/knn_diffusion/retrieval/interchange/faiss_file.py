@@ -10,11 +10,11 @@ from jaxtyping import Bool
 
 from knn_diffusion.checkpoint import write_json
 from knn_diffusion.errors import KnnDiffusionError
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.cell_engine import CellEngine
 from knn_diffusion.retrieval.cells import add_rows, drop_others, faiss_module, take_rows
 from knn_diffusion.retrieval.engines import unit_vectors
 from knn_diffusion.retrieval.index import LocalRetriever
-from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.plan import BITS_PER_CODE, IndexConfig, Plan, num_codes
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store

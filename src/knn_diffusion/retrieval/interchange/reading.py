@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float, Float16
 
 from knn_diffusion.errors import FingerprintError, StoreError
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.interchange.tables import Provenance
 from knn_diffusion.retrieval.interchange.vector_files import VectorFiles
-from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.segments import SEGMENT_ROWS, stored_rows
 from knn_diffusion.retrieval.store import Item, Store
 

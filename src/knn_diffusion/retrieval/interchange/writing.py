@@ -18,10 +18,10 @@ from jaxtyping import Float16, Int
 
 from knn_diffusion.checkpoint import atomic_folder, write_json
 from knn_diffusion.errors import MissingDependencyError, StoreError, UsageError
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.interchange.faiss_file import write_faiss
 from knn_diffusion.retrieval.interchange.tables import CONTENT_COLUMN
 from knn_diffusion.retrieval.interchange.vector_files import EMBEDDINGS_FILE, ENCODER_FILE, IDS_FILE, PROVENANCE_FILE
-from knn_diffusion.retrieval.neighbors import Progress
 from knn_diffusion.retrieval.plan import IndexConfig
 from knn_diffusion.retrieval.segments import SEGMENT_ROWS, CompactedError, Snapshot
 from knn_diffusion.retrieval.store import Item, Store

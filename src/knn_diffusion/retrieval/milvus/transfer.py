@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from knn_diffusion.errors import StoreError
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.milvus.retriever import MAX_NAME, MilvusRetriever
 from knn_diffusion.retrieval.store import Store
 
 BATCH_ROWS = 2000
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many are done, and how many there are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -277,6 +277,30 @@ def test_training_neighbors_are_rows_of_the_embeddings() -> None:
         assert mixed[1:, 0].tolist() != [1, 2]
 
 
+def test_training_neighbors_are_of_one_moment_whatever_is_removed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [picture(n) for n in range(12)]
+    with ImageIndex.build(images, None, ENCODER, rule=DedupConfig(cosine=0.99999, manhattan=None)) as index:
+        table, ids = index.embeddings.astype(np.float32), index.ids
+        expected = index.neighbor_rows(table[6:7], 11, exclude_ids=[[ids[6]]])
+        units = module.unit_rows
+
+        def removing(*given: Any) -> Any:
+            real = index._store.rows_of
+
+            def and_then(*asked: Any) -> Any:
+                rows = real(*asked)
+                monkeypatch.setattr(index._store, "rows_of", real)
+                index.remove([ids[0]])
+                return rows
+
+            monkeypatch.setattr(index._store, "rows_of", and_then)
+            return units(*given)
+
+        monkeypatch.setattr(module, "unit_rows", removing)
+        np.testing.assert_array_equal(index.neighbor_rows(table[6:7], 11, exclude_ids=[[ids[6]]]), expected)
+        assert len(index) == 11
+
+
 def test_the_digest_follows_images_and_rule(photos: Path) -> None:
     with ImageIndex.build([photos], None, ENCODER) as index:
         seen = [index.digest]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
 Excluded = Collection[str] | Sequence[Collection[str]]
@@ -23,9 +24,11 @@ def per_query(excluded: Excluded | None, count: int) -> list[list[str]] | None:
     return [list(one) for one in every]
 
 
-def excluded_items(store: Store, excluded: Excluded | None, count: int) -> Int[np.ndarray, "queries most"]:
-    """Places among all embeddings of the images that each query may not find, filled with -1, also for unknown ids."""
-    snapshot, asked = store.snapshot(), per_query(excluded, count) or [[]] * count
+def excluded_items(
+    store: Store, snapshot: Snapshot, excluded: Excluded | None, count: int
+) -> Int[np.ndarray, "queries most"]:
+    """Places among the snapshot's images of those that each query may not find, filled with -1, also for unknown ids."""
+    asked = per_query(excluded, count) or [[]] * count
     rows = store.rows_of([one for ids in asked for one in ids], snapshot)
     table = np.full((count, max((len(ids) for ids in asked), default=0)), -1, np.int64)
     filled = np.arange(table.shape[1]) < np.array([len(ids) for ids in asked], np.int64)[:, None]

@@ -50,7 +50,7 @@ from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule
 from knn_diffusion.retrieval.neighbors import neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, plan_for
-from knn_diffusion.retrieval.segments import unit_rows
+from knn_diffusion.retrieval.segments import Snapshot, unit_rows
 from knn_diffusion.retrieval.store import Store
 from knn_diffusion.shapes import Neighbors
 
@@ -398,9 +398,13 @@ class ImageIndex:
         Args:
             exclude_ids: as in `search`; the first of a query is the image itself.
         """
-        excluded = excluded_items(self._store, exclude_ids, len(queries))
         units = unit_rows(queries, self.dim, "queries")
-        return neighbors_of(self._store, units, excluded, k, self.rule, device=device)
+
+        def read(now: Snapshot) -> Int[np.ndarray, "queries k"]:
+            excluded = excluded_items(self._store, now, exclude_ids, len(queries))
+            return neighbors_of(self._store, units, excluded, k, self.rule, snapshot=now, device=device)
+
+        return self._store.consistently(read)
 
     def self_neighbors(
         self, k: int, *, output: str | Path | None = None, device: str = "cpu", progress: Progress | None = None

@@ -47,7 +47,7 @@ def self_neighbors(
     Returns: places in the order of `Snapshot.live_rows`, -1 where too few images are left; int64 beyond 2³¹ images.
     Raises: UsageError when k is below 1; StoreError when the store is damaged.
     """
-    finder = _finder(store, k, rule, device)
+    finder = _finder(store, store.snapshot(), k, rule, device)
     if len(finder.rows) > EVERY_PAIR:
         return _joined(finder, output, progress)
     table = finder.empty_table(len(finder.rows))
@@ -84,15 +84,17 @@ def neighbors_of(
     k: int,
     rule: DedupConfig,
     *,
+    snapshot: Snapshot | None = None,
     device: torch.device | str = "cpu",
 ) -> Int[np.ndarray, "queries k"]:
     """As `self_neighbors`, for images given by their unit vectors.
 
     Args:
+        snapshot: that the places are of; None for now.
         excluded: places that each query must not find, filled with -1. The first one is the query's own, if it is there,
             and lends its 8×8 picture to be held against the others.
     """
-    finder = _finder(store, k, rule, device)
+    finder = _finder(store, snapshot or store.snapshot(), k, rule, device)
     table = finder.empty_table(len(queries))
     for start in range(0, len(table), QUERY_ROWS):
         some = slice(start, start + QUERY_ROWS)
@@ -100,10 +102,9 @@ def neighbors_of(
     return table
 
 
-def _finder(store: Store, k: int, rule: DedupConfig, device: torch.device | str) -> _Finder:
+def _finder(store: Store, snapshot: Snapshot, k: int, rule: DedupConfig, device: torch.device | str) -> _Finder:
     if k < 1:
         raise UsageError(f"k must be at least 1, got {k}: ask for one neighbor or more")
-    snapshot = store.snapshot()
     return _Finder(store=store, snapshot=snapshot, rows=snapshot.live_rows, k=k, rule=rule, device=torch.device(device))
 
 

@@ -1,0 +1,1 @@
+"""Weights of other projects, read without running their code and written as our parts."""

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from knn_diffusion.errors import ConfigError, FingerprintError, UsageError
 from knn_diffusion.models.cross_attention import PreparedCondition
-from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig
+from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig, sigmoid_gelu
 from knn_diffusion.shapes import Condition
 
 SMALL = DenoiserConfig(
@@ -271,6 +271,47 @@ def test_gradients_flow_under_autocast() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser.parameters())
 
 
+def test_a_step_table_gives_every_norm_its_own_rows() -> None:
+    denoiser, (x_n, _), condition = make(step_table=True), random_inputs(), random_condition()
+    step = torch.tensor([1, 4, SMALL.num_steps])
+    rows = denoiser.modulate(step)
+    for row, n in enumerate(step):
+        for block in range(SMALL.depth):
+            assert torch.equal(rows[block, :, row, 0], denoiser.step_embedding.table[n - 1, block])
+    out = denoiser(x_n, step, condition)
+    with torch.no_grad():
+        denoiser.step_embedding.table[3, 1, 2] += 1  # step 4, the second block's cross-attention
+    changed = (denoiser(x_n, step, condition) != out).flatten(1).any(1)
+    assert changed.tolist() == [False, True, False]
+    for outside in (0, SMALL.num_steps + 1):
+        with pytest.raises(IndexError):
+            denoiser(x_n, torch.full((3,), outside), condition)
+
+
+def test_plain_slots_are_read_as_they_come() -> None:
+    denoiser, (x_n, step), condition = make(plain_slots=True), random_inputs(), random_condition()
+    out = denoiser(x_n, step, condition)
+    torch.testing.assert_close(denoiser(x_n, step, replace(condition, y=condition.y[:, [3, 1, 2, 0]])), out)
+    projected = make()
+    for layer in (projected.query_slot, projected.neighbor_slots):
+        layer.weight.data = torch.eye(SMALL.condition_dim) / SMALL.condition_dim**0.5
+    projected.load_state_dict(denoiser.state_dict(), strict=False)
+    torch.testing.assert_close(projected(x_n, step, condition), out)
+
+
+def test_the_sigmoid_gelu_is_near_the_exact_one_but_not_equal() -> None:
+    x = torch.linspace(-4, 4, 100)
+    difference = (sigmoid_gelu(x) - functional.gelu(x)).abs().max()
+    assert 0.01 < difference < 0.03
+
+
+@pytest.mark.parametrize("option", ["step_table", "plain_slots", "sigmoid_gelu"])
+def test_options_of_vq_diffusion_train_too(option: str) -> None:
+    denoiser, (x_n, step) = make(**{option: True}), random_inputs()
+    denoiser(x_n, step, random_condition()).square().sum().backward()
+    assert [name for name, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
 def test_first_prediction_is_nearly_uniform_and_signals_keep_their_size() -> None:
     denoiser, (x_n, step) = make(width=64, depth=6), random_inputs()
     log_probs = denoiser(x_n, step, random_condition()).log_softmax(dim=-1)
@@ -294,6 +335,8 @@ def test_impossible_configurations_are_refused_with_field_value_and_rule() -> No
         replace(SMALL, map_width=24)
     with pytest.raises(ConfigError, match="query_dim must be at most condition_dim 12, got 13"):
         replace(SMALL, query_dim=13)
+    with pytest.raises(ConfigError, match="query_dim must be 0 with plain_slots, which know no query, got 3"):
+        replace(SMALL, query_dim=3, plain_slots=True)
     for field in ("vocab_size", "grid", "width", "depth", "heads", "condition_dim", "num_steps", "mlp_ratio"):
         with pytest.raises(ConfigError, match=f"{field} must be at least 1, got 0: change {field}"):
             replace(SMALL, **{field: 0})

@@ -171,6 +171,19 @@ def test_a_checkpoint_of_another_version_is_said_to_be_one(tmp_path: Path) -> No
         train(Line(), Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu")
 
 
+def test_a_run_from_before_an_option_goes_on_while_the_option_is_off(tmp_path: Path) -> None:
+    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+
+    class Newer(Line):
+        def __init__(self, option: object) -> None:
+            super().__init__()
+            self.settings = {**self.settings, "network": {"option": option}}
+
+    with pytest.raises(ConfigError, match="network.option = None, asked for True"):
+        train(Newer(True), Points(), settings(), tmp_path, resume=True, device="cpu")
+    assert train(Newer(False), Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu").step == 3
+
+
 def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".writing-killed").mkdir(parents=True)
     train(Line(), Points(), settings(), tmp_path, device="cpu")

@@ -32,6 +32,7 @@ from knn_diffusion.models.cross_attention import (
     PreparedCondition,
     SlotMaps,
 )
+from knn_diffusion.models.step_norm import StepEmbedding, StepTable, adaptive_norm
 from knn_diffusion.shapes import Condition, Logits, Steps, Tokens
 
 FEW_PLACES = 256
@@ -54,6 +55,9 @@ class DenoiserConfig:
     code_dim              width of the tokenizer's codes, when the denoiser is to know them (see `CodeTraits`); 0 is the paper's
     map_width             channels of the map that each slot of y is laid out to, a multiple of 4 · heads; 0 is the paper's
     cross_attention_bias  biases as in VQ-Diffusion; then the null condition no longer removes cross-attention
+    step_table            every norm learns its scale and shift for each step by itself, as in VQ-Diffusion; `step_width` says nothing
+    sigmoid_gelu          the MLP's GELU is x · σ(1.702 x), as in VQ-Diffusion
+    plain_slots           y is read as it comes, every slot alike, as VQ-Diffusion reads the 77 states of a text
     """
 
     vocab_size: int
@@ -70,6 +74,9 @@ class DenoiserConfig:
     code_dim: int = 0
     map_width: int = 0
     cross_attention_bias: bool = False
+    step_table: bool = False
+    sigmoid_gelu: bool = False
+    plain_slots: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -81,6 +88,8 @@ class DenoiserConfig:
         require(self.width % self.patch_size == 0, "patch_size", self.patch_size, f"a divisor of width {self.width}")
         most = self.condition_dim
         require(self.query_dim <= most, "query_dim", self.query_dim, f"at most condition_dim {most}")
+        reads_all = not (self.plain_slots and self.query_dim)
+        require(reads_all, "query_dim", self.query_dim, "0 with plain_slots, which know no query")
         fits = self.map_width % (KEYS_PER_VALUE * self.heads) == 0
         require(fits, "map_width", self.map_width, f"a multiple of {KEYS_PER_VALUE * self.heads}")
         require(self.step_width >= 2 and self.step_width % 2 == 0, "step_width", self.step_width, "even and at least 2")
@@ -105,27 +114,6 @@ PAPER = DenoiserConfig(
     vocab_size=2887, grid=32, width=1024, depth=24, heads=16, condition_dim=512, num_steps=100, step_width=1024
 )
 """The paper's transformer: 24 blocks over 32 × 32 tokens of 2,887 codes; 487.1 M parameters (the paper says 470 M)."""
-
-
-class StepEmbedding(nn.Module):
-    """The step n as a vector, shared by all norms: sinusoids of n / N through a small MLP.
-
-    Differs from VQ-Diffusion, which keeps a table of N rows in every norm: neighboring steps denoise nearly the same
-    mixture, so a smooth function of n learns from all of them, and a small model spends nothing on 2 · depth tables.
-    """
-
-    def __init__(self, config: DenoiserConfig) -> None:
-        super().__init__()
-        self.num_steps = config.num_steps
-        self.inner = nn.Linear(config.step_width, config.step_width)
-        self.outer = nn.Linear(config.step_width, config.step_width)
-
-    def forward(self, step: Steps) -> Float[Tensor, "batch step_width"]:
-        """Embed steps 1 … N; the sinusoids are float32 whatever the weights are, since their phase goes to 100."""
-        exponents = torch.linspace(0, -3, self.inner.in_features // 2, device=step.device, dtype=torch.float32)
-        phase = 100 * (step / self.num_steps)[:, None] * 10**exponents  # batch step_width/2
-        waves = torch.cat([phase.cos(), phase.sin()], dim=-1)  # batch step_width
-        return functional.silu(self.outer(functional.silu(self.inner(waves.to(self.inner.weight.dtype)))))
 
 
 class SelfAttention(nn.Module):
@@ -207,6 +195,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp_in = nn.Linear(config.width, config.mlp_ratio * config.width)
         self.mlp_out = nn.Linear(config.mlp_ratio * config.width, config.width)
+        self.gelu = sigmoid_gelu if config.sigmoid_gelu else functional.gelu
 
     def forward(
         self,
@@ -220,14 +209,12 @@ class Block(nn.Module):
         self_scale, self_shift, cross_scale, cross_shift = modulation
         h = h + self.self_attention(adaptive_norm(h, self_scale, self_shift))
         h = h + self.cross_attention(adaptive_norm(h, cross_scale, cross_shift), keys, offsets, values)
-        return h + self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(h))))
+        return h + self.mlp_out(self.gelu(self.mlp_in(self.mlp_norm(h))))
 
 
-def adaptive_norm(
-    h: Float[Tensor, "batch places width"], scale: Float[Tensor, "batch 1 width"], shift: Float[Tensor, "batch 1 width"]
-) -> Float[Tensor, "batch places width"]:
-    """AdaLN: LayerNorm without weights of its own, then the scale and shift of the step (A.2)."""
-    return torch.addcmul(shift, functional.layer_norm(h, h.shape[-1:]), 1 + scale)
+def sigmoid_gelu(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """The GELU of VQ-Diffusion."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 class Denoiser(nn.Module):
@@ -237,8 +224,9 @@ class Denoiser(nn.Module):
     order does not matter. Neither these nor any of cross-attention's projections has a bias, and nothing is added to
     y: the null condition y' = 0 gives zero values and removes cross-attention exactly (Sec. 3.2's claim).
 
-    Differs from VQ-Diffusion, which the paper follows: no biases in cross-attention (`cross_attention_bias`), one
-    shared embedding of the step, initial weights scaled to their fan-in.
+    Differs from VQ-Diffusion, which the paper follows: no biases in cross-attention, one shared embedding of the step,
+    the exact GELU, initial weights scaled to their fan-in. With `cross_attention_bias`, `step_table`, `sigmoid_gelu` and
+    `plain_slots` it is VQ-Diffusion's transformer, whose weights `convert.vq_diffusion` reads.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -249,10 +237,8 @@ class Denoiser(nn.Module):
         self.merge = nn.Identity() if p == 1 else nn.Linear(p * config.width, config.width)
         self.row_table = nn.Parameter(torch.empty(side, 1, config.width))
         self.column_table = nn.Parameter(torch.empty(side, config.width))
-        self.step_embedding = StepEmbedding(config)
-        self.modulation = nn.Linear(config.step_width, config.depth * 4 * config.width)
-        self.query_slot = nn.Linear(config.condition_dim, config.condition_dim, bias=False)
-        self.neighbor_slots = nn.Linear(config.condition_dim, config.condition_dim, bias=False)
+        self.step_embedding, self.modulation = self._step_layers(config)
+        self.query_slot, self.neighbor_slots = self._slot_layers(config), self._slot_layers(config)
         self.slot_maps: SlotMaps | None = None
         if config.map_width:
             self.slot_maps = SlotMaps(config.condition_dim, config.places, config.heads, config.map_width)
@@ -268,6 +254,19 @@ class Denoiser(nn.Module):
         self.head = nn.Linear(config.width, p * p * config.vocab_size)
         self.code_traits = CodeTraits(config) if config.code_dim else None
         self.initialize_weights()
+
+    @staticmethod
+    def _step_layers(config: DenoiserConfig) -> tuple[nn.Module, nn.Module]:
+        if config.step_table:
+            return StepTable(config.num_steps, config.depth, config.width), nn.Identity()
+        embedding = StepEmbedding(config.num_steps, config.step_width)
+        return embedding, nn.Linear(config.step_width, config.depth * 4 * config.width)
+
+    @staticmethod
+    def _slot_layers(config: DenoiserConfig) -> nn.Module:
+        if config.plain_slots:
+            return nn.Identity()
+        return nn.Linear(config.condition_dim, config.condition_dim, bias=False)
 
     def initialize_weights(self) -> None:
         """Draw all weights so that signals of unit size stay of unit size, and the first prediction is uniform."""
@@ -285,8 +284,9 @@ class Denoiser(nn.Module):
                 nn.init.normal_(layer.weight, std=(3 * self.config.depth * layer.in_features) ** -0.5)
         # AdaLN starts near the plain norm, the logits near zero: the loss starts at ln(vocab). Not at zero itself,
         # which would stop the gradient to everything behind it in the first step.
-        for layer in (self.modulation, self.head):
-            nn.init.normal_(layer.weight, std=0.1 * layer.in_features**-0.5)
+        for last in (self.modulation, self.head):
+            if isinstance(last, nn.Linear):
+                nn.init.normal_(last.weight, std=0.1 * last.in_features**-0.5)
         if self.code_traits is not None:
             traits = self.code_traits.traits.shape[1]
             nn.init.normal_(self.code_traits.head.weight, std=0.1 * (traits * self.config.width) ** -0.5)
@@ -312,8 +312,9 @@ class Denoiser(nn.Module):
                 "use the encoder it was trained with"
             )
         # Entries of a unit vector have size dim^-½; bring them to unit size, as the layers behind expect.
-        y = condition.y.to(self.query_slot.weight.dtype)  # batch slots dim
-        query, neighbors = sqrt(expected) * self._readable(y[:, :1]), sqrt(expected) * y[:, 1:]
+        scale = 1 if self.config.plain_slots else sqrt(expected)
+        y = condition.y.to(self.head.weight.dtype)  # batch slots dim
+        query, neighbors = scale * self._readable(y[:, :1]), scale * y[:, 1:]
         y = torch.cat([self.query_slot(query), self.neighbor_slots(neighbors)], dim=1)  # batch slots dim
         layers = [block.cross_attention.prepare(y, condition.present) for block in self._blocks]
         keys, offsets, values = (torch.stack(parts) for parts in zip(*layers, strict=True))

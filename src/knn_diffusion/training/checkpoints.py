@@ -99,7 +99,8 @@ def _same_run(stored: Settings, asked: Settings, place: Path) -> None:
     for name in [*now, *(name for name in before if name not in now)]:
         loop, _, setting = name.partition(".")
         may_change = loop == "training" and setting in _MAY_CHANGE
-        if not may_change and before.get(name) != now.get(name):
+        newer = name not in before and now[name] in (False, 0)  # an option that came later, and is off
+        if not may_change and not newer and before.get(name) != now.get(name):
             raise ConfigError(
                 f"{place.name} was trained with {name} = {before.get(name)}, asked for {now.get(name)}: "
                 "resume with the old value or start another --output"

@@ -48,6 +48,7 @@ app.add_typer(index.app, name="index")
 app.add_typer(train.app, name="train")
 app.command("evaluate")(tools.evaluate)
 app.add_typer(tools.dataset_app, name="dataset")
+app.command("convert")(tools.convert)
 app.command("doctor")(tools.doctor)
 
 # typer ≥ 0.26 carries its own click, older ones use the package: both are reached through the class typer exports.

@@ -1,4 +1,4 @@
-"""`evaluate`, `dataset stickers` and `doctor`."""
+"""`evaluate`, `dataset stickers`, `convert` and `doctor`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,39 @@ def evaluate(
         pipe: Any = KnnDiffusion.from_pretrained(model, index=index, device=device)
         made = protocols.evaluate(pipe, judge, folder, only=only, progress=show, config=settings)
     answer(made.to_dict(), as_json, lambda: iter([made.to_markdown()]))
+
+
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A .pth, .ckpt, .bin or .safetensors, or a folder of diffusers'.",
+            show_default=False,
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder of the part.", show_default=False)],
+    *,
+    heads: Annotated[
+        int | None,
+        typer.Option("--heads", help="Attention heads, where the checkpoint does not tell; 16 by default.", min=1),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a VQ-Diffusion checkpoint into a denoiser of this package; no code of the file is run.
+
+    Example: knn-diffusion convert coco_pretrained.pth coco/denoiser
+    """
+    from knn_diffusion.convert.part import convert as write_part
+
+    made = write_part(checkpoint, folder, heads=heads)
+
+    def lines() -> Iterator[str]:
+        yield f"recognized {made.recognized}: a {made.part} of {made.parameters:,} values, now in {folder}"
+        if made.null:
+            yield "the condition that it was trained with for guidance lies beside the weights"
+
+    answer({"folder": str(folder.absolute()), **made.to_dict()}, as_json, lines)
 
 
 def doctor(as_json: JsonOption = False) -> None:

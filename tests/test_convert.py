@@ -142,6 +142,14 @@ def test_a_file_of_microsofts_predicts_the_same_by_its_averaged_weights(tmp_path
     assert torch.equal(load_file(tmp_path / "ours" / NULL_FILE)["y"], saved.float())
 
 
+def test_averaged_weights_go_before_raw_ones_wherever_they_lie(tmp_path: Path, peer: Any) -> None:
+    state = microsoft_names(peer.state_dict())
+    raw = {name: torch.randn_like(value) for name, value in state.items()}
+    torch.save({"m": raw, "ema": {"transformer": state}}, tmp_path / "x")
+    convert(tmp_path / "x", tmp_path / "ours", heads=HEADS)
+    assert_same(tmp_path / "ours", peer)
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer.transformer.", "module.transformer.transformer."])
 def test_a_bare_state_dict_in_the_old_form_will_do(tmp_path: Path, peer: Any, prefix: str) -> None:
     state = {prefix + name: value for name, value in microsoft_names(peer.state_dict()).items()}

@@ -229,7 +229,7 @@ def _rebuild(name: str, tensor: Strided, values: memoryview) -> Tensor:
     count = prod(size)
     reach = tensor.offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
     nbytes = storage.count * storage.dtype.itemsize
-    if count > storage.count or (count and reach > storage.count) or storage.start + nbytes > len(values):
+    if count > storage.count or (count and reach > storage.count):
         raise ValueError(f"{name} reaches beyond its values")
     if not count:
         return torch.empty(size, dtype=storage.dtype)

@@ -320,6 +320,29 @@ def test_files_and_wildcards_are_taken_once_each(tmp_path: Path) -> None:
     assert [image.key for image in found] == ["z.png", "a.JPG", os.path.join("b", "c.webp")]
 
 
+def test_pictures_that_cannot_be_read_are_listed_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("phone.HEIC", "notes.txt"):
+        (tmp_path / name).write_bytes(b"?")
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    found = images.find_images([tmp_path])
+    assert [Path(one.source).name for one in found] == ["a.png", "phone.HEIC", "closed"]
+    with pytest.raises(ImageError, match=r"phone\.HEIC is of a format that is not read: save it as PNG or JPEG"):
+        found[1].load()
+    with pytest.raises(ImageError, match=r"closed cannot be read \(Permission denied\): change its permissions"):
+        found[2].load()
+
+
 def test_a_missing_path_and_an_empty_folder_are_wrong_use(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere does not exist: check the path"):
         images.find_images([tmp_path / "nowhere"])
@@ -487,3 +510,24 @@ def test_a_grid_of_nothing_or_of_unmatched_labels_is_wrong_use() -> None:
         images.grid([], columns=2, cell=8)
     with pytest.raises(UsageError, match="one label for each of 1 images, got 2"):
         images.grid([Image.new("RGB", (2, 2))], columns=1, cell=8, labels=["a", "b"])
+
+
+@pytest.mark.parametrize("side", [8, 11, 64, 100, 127, 128, 300, 515])
+def test_averages_are_those_of_equal_areas(side: int) -> None:
+    array = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    if side > 128:
+        array[:] = np.linspace(0, 255, side)[:, None, None]
+    fine = array.astype(float).repeat(8, 0).repeat(8, 1)
+    expected = fine.reshape(8, side, 8, side, 3).mean((1, 3))
+    assert np.abs(images.averages(Image.fromarray(array), 8) - expected).max() <= (0.51 if side < 256 else 1.5)
+
+
+@pytest.mark.parametrize("side", [77, 96, 100, 250, 300, 500])
+def test_a_resized_copy_has_the_same_averages(side: int) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        picture = coarse.resize((128, 128), Image.Resampling.NEAREST)
+        copy = picture.resize((side, side), Image.Resampling.LANCZOS)
+        one, two = (images.averages(each, 8).astype(int) for each in (picture, copy))
+        assert np.abs(one - two).mean() < 1.5

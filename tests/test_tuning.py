@@ -141,6 +141,13 @@ def test_a_report_has_both_modalities_their_gap_and_a_plot(tmp_path: Path) -> No
         found.plot(tmp_path / "plot.png")
         with Image.open(tmp_path / "plot.png") as picture:
             assert picture.size == (900, 600)
+        with pytest.raises(
+            UsageError, match=r"expected a \.png, \.svg, \.pdf file for the plot, got plot\.xyz: change"
+        ):
+            found.plot(Path("plot.xyz"))
+        for wrong in ({"k": 0}, {"sample": 0}):
+            with pytest.raises(UsageError, match=f"expected {next(iter(wrong))} of at least 1, got 0"):
+                report(index, **wrong)
 
 
 def test_a_report_of_an_index_that_compares_everything_says_so() -> None:

@@ -77,7 +77,7 @@ def _lines(found: DedupReport, groups: list[Group], removed: bool) -> Iterator[s
     for group in groups:
         yield f"{group.kept}  {group.source}"
         for copy in group.copies:
-            yield f"  {copy.cosine:.3f}  {copy.id}  {copy.source}"
+            yield f"  {copy.cosine:.4f}  {copy.id}  {copy.source}"
         if group.size > len(group.copies):
             yield f"  and {group.size - len(group.copies):,} more"
     if found.num_groups > len(groups):
@@ -101,7 +101,7 @@ def _draw(index: ImageIndex, groups: list[Group], path: Path) -> None:
     for group in groups:
         stays = (f"stays: {short_name(group.source)}", index.preview(group.kept) or BLANK)
         goes = [
-            (f"{copy.cosine:.3f} {short_name(copy.source)}", index.preview(copy.id) or BLANK) for copy in group.copies
+            (f"{copy.cosine:.4f} {short_name(copy.source)}", index.preview(copy.id) or BLANK) for copy in group.copies
         ]
         rows.append([[stays], goes])
     save_png(contact_sheet(rows), path)

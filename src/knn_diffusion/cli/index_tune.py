@@ -67,9 +67,11 @@ def report(
     Example: knn-diffusion index report my-index --texts queries.txt --plot recall.png
     """
     from knn_diffusion.image_index import ImageIndex
-    from knn_diffusion.image_index.tuning import read_texts
+    from knn_diffusion.image_index.tuning import read_texts, require_plot
     from knn_diffusion.image_index.tuning import report as measured
 
+    if plot is not None:
+        require_plot(plot)
     queries = read_texts(texts) if texts is not None else []
     with progress() as show:
         found = measured(ImageIndex.open(index, read_only=True), queries, k=k, sample=sample, progress=show)

@@ -128,7 +128,7 @@ _Unplaced = tuple[Item, np.ndarray, bytes | None]
 
 def _unplaced(source: SourceImage, image: Image.Image, previews: bool) -> _Unplaced:
     item = Item(source=source.source, key=source.key, content=content_digest(image))
-    thumbnail = pictures.to_array(pictures.square(image, 8)).reshape(THUMBNAIL_VALUES)
+    thumbnail = pictures.averages(image, 8).reshape(THUMBNAIL_VALUES)
     return item, thumbnail, preview_of(image) if previews else None
 
 

@@ -17,6 +17,7 @@ from knn_diffusion.retrieval.plan import Modality, Reach
 from knn_diffusion.retrieval.tuning import Gap, Measured, Queries
 
 SAMPLE = 500
+PLOTS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +101,7 @@ class IndexReport:
         return f"In use for {modality} queries: {reach.probes} cells, depth {reach.depth}."
 
     def plot(self, path: Path) -> None:
-        """Draw recall against time into a PNG, SVG or PDF file. Raises: UsageError without matplotlib."""
+        """Draw recall against time into a PNG, SVG or PDF file. Raises: UsageError for another, or without matplotlib."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -116,8 +117,9 @@ class IndexReport:
         axes.set(xlabel="milliseconds a query", ylabel=f"recall@{self.k}", title=f"{self.count:,} images, {self.plan}")
         axes.set_xlim(left=0)
         axes.legend(title="queries; numbers: cells")
+        require_plot(path)
         with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+            figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
 
 
 def tune(
@@ -189,6 +191,12 @@ def report(
     )
 
 
+def require_plot(path: Path) -> None:
+    """Raise UsageError for a file name that says none of PLOTS; worth asking before the work."""
+    if path.suffix.lower() not in PLOTS:
+        raise UsageError(f"expected a {', '.join(PLOTS)} file for the plot, got {path}: change its name")
+
+
 def read_texts(path: Path) -> list[str]:
     """Texts of a file, one a line. Raises: UsageError when it cannot be read or holds none."""
     try:
@@ -220,6 +228,9 @@ def _growth(index: ImageIndex, k: int, sample: int) -> Growth | None:
 
 
 def _queries(index: ImageIndex, texts: Sequence[str], k: int, sample: int) -> list[Queries]:
+    for name, value in (("k", k), ("sample", sample)):
+        if value < 1:
+            raise UsageError(f"expected {name} of at least 1, got {value}: measure on more")
     store = index.retriever.store
     found = [tuning.image_queries(store, sample, k)]
     if texts:

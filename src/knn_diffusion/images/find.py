@@ -17,6 +17,8 @@ from knn_diffusion.errors import ImageError, MissingDependencyError, UsageError
 from knn_diffusion.images.decode import MAX_FILE_BYTES, one_line, open_image
 
 SUFFIXES = frozenset((".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+NOT_READ = frozenset((".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"))
+"""Pictures in folders that are listed as unusable, so that nobody misses them without a word."""
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 
 
@@ -37,7 +39,8 @@ def find_images(paths: Sequence[str | Path]) -> list[SourceImage]:
     """Every image of the folders (recursively, in sorted order), files, wildcards, tar shards and parquet tables.
 
     In folders, shards and tables, what is no image by its name is passed over; so are hidden files and, in shards, links.
-    A damaged shard or table appears as one image that fails to load, so that a job over many can list it and go on.
+    A damaged shard or table, a folder that may not be read and a picture of a format that is not read appear as images
+    that fail to load, so that a job over many can list them and go on.
 
     Raises: UsageError when a path does not exist or nothing is found; MissingDependencyError for parquet without pyarrow.
     """
@@ -65,20 +68,25 @@ def _expanded(path: str | Path) -> list[Path]:
 
 def _images_at(place: Path) -> Iterator[SourceImage]:
     if place.is_dir():
-        for file in _files_below(place):
+        closed = list[OSError]()
+        for file in _files_below(place, closed.append):
             yield from _images_of_file(file, str(file.relative_to(place)))
+        for error in closed:
+            name = one_line(error.filename)
+            yield _failing(str(error.filename), f"{name} cannot be read ({error.strerror}): change its permissions")
     elif place.is_file():
         yield from _images_of_file(place, place.name)
     else:
         raise UsageError(f"expected a file or a folder, {one_line(place)} is neither: check the path")
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+def _files_below(folder: Path, closed: Callable[[OSError], object]) -> Iterator[Path]:
+    known = SUFFIXES | NOT_READ | {".tar", ".parquet"}
+    for parent, folders, files in os.walk(folder, onerror=closed):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             file = Path(parent, name)
-            if not name.startswith(".") and file.suffix.lower() in (*SUFFIXES, ".tar", ".parquet") and file.is_file():
+            if not name.startswith(".") and file.suffix.lower() in known and file.is_file():
                 yield file
 
 
@@ -87,6 +95,8 @@ def _images_of_file(file: Path, key: str) -> Iterator[SourceImage]:
         yield from _images_of_shard(file)
     elif file.suffix.lower() == ".parquet":
         yield from _images_of_table(file)
+    elif file.suffix.lower() in NOT_READ:
+        yield _failing(str(file), f"{one_line(file)} is of a format that is not read: save it as PNG or JPEG")
     else:
         yield SourceImage(str(file), key, functools.partial(open_image, file))
 

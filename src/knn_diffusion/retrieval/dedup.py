@@ -32,7 +32,7 @@ class DedupConfig:
 
     cosine     above this cosine of their embeddings, in (0, 1]
     manhattan  at or below this mean absolute difference of their 8×8 pictures, in levels of 0 … 255; copies that were
-               resized differ by 0.5, by JPEG quality 60 up to 1.9 (90 % of 150 emoji)
+               resized differ by at most 0.9, by JPEG quality 60 too up to 2 (90 % of 150 emoji of 77 to 512 pixels)
     """
 
     cosine: float | None = 0.9

@@ -120,7 +120,7 @@ class DedupReport:
         return {**counts, **asdict(self.rule), "every_pair": self.found.exact}
 
     def _ids(self, rows: Int64[np.ndarray, "rows"]) -> list[str]:
-        return [item.id for item in self.store.items(rows, self.snapshot)]
+        return [facts[0] for facts in self.store.facts(rows, self.snapshot)]
 
     def _copies(self, numbers: Int64[np.ndarray, "some"]) -> Iterator[Copy]:
         gone, kept = (self.store.items(rows[numbers], self.snapshot) for rows in (self.found.dropped, self.found.kept))

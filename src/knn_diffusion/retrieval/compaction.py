@@ -22,6 +22,7 @@ from knn_diffusion.errors import KnnDiffusionError, StoreError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval import manifest
 from knn_diffusion.retrieval.items import item_line
+from knn_diffusion.retrieval.metadata import drop_metadata
 from knn_diffusion.retrieval.segments import SEGMENT_ROWS, THUMBNAIL_VALUES, Segment, Snapshot
 from knn_diffusion.retrieval.transaction import Transaction, new_segment
 from knn_diffusion.retrieval.verify import item_problems
@@ -176,6 +177,7 @@ def _purge(change: Transaction, snapshot: Snapshot, found: list[Stretch]) -> Non
     records = snapshot.records.of_rows(np.flatnonzero(covered & ~snapshot.alive))
     change.dropped = True
     change.database.executemany("DELETE FROM items WHERE row = ?", [(int(record),) for record in records])
+    drop_metadata(change.database, records)
     manifest.add_removed(change.database, records, sign=-1)
     manifest.purge(change.database, snapshot.records.without(records), snapshot.generation + 1)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +21,7 @@ DATABASE = "store.sqlite"
 FILTER_COLUMNS = ("id", "source", "key", "added_at")
 ITEM_CHECKSUM = "crc32 INTEGER"
 PURGED = "CREATE TABLE purged (first INTEGER PRIMARY KEY, count INTEGER NOT NULL)"
+METADATA = "CREATE TABLE IF NOT EXISTS metadata (row INTEGER PRIMARY KEY, facts TEXT NOT NULL, crc32 INTEGER NOT NULL)"
 HISTORY = "CREATE TABLE IF NOT EXISTS history (age INTEGER PRIMARY KEY, digest TEXT NOT NULL)"
 SCHEMA = f"""
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -33,11 +35,13 @@ CREATE INDEX deleted_rows ON items (row) WHERE deleted_at IS NOT NULL;
 CREATE TABLE previews (row INTEGER PRIMARY KEY, picture BLOB NOT NULL, crc32 INTEGER NOT NULL);
 {PURGED};
 {HISTORY};
+{METADATA};
 """
 UPGRADE = (f"ALTER TABLE items ADD COLUMN {ITEM_CHECKSUM}", PURGED)
 """From format 1."""
 LOCK_SECONDS = 10.0
 _PARAMETERS = 500  # fewer than any SQLite allows in one statement
+NAMES_SHOWN = 20
 FREED_PAGES = 4096
 """Pages given back to the disk in one transaction, 16 MiB."""
 
@@ -129,17 +133,29 @@ def translated_errors(folder: Path | None) -> Iterator[None]:
         raise StoreError(text) from None
 
 
-def rows_where(database: sqlite3.Connection, condition: str) -> Int[np.ndarray, "some"]:
+def rows_where(database: sqlite3.Connection, condition: str, names: Sequence[str] = ()) -> Int[np.ndarray, "some"]:
     """The rows whose item fulfils an SQL condition over FILTER_COLUMNS; it can read nothing else and write nothing.
 
-    Raises: UsageError when it is no such condition.
+    Args:
+        names: of metadata, which are columns too; identifiers.
+
+    Raises: UsageError when it is no such condition; StoreError when metadata is damaged.
     """
-    database.set_authorizer(_only_conditions)
+    used = [name for name in names if name.lower() in condition.lower()]
+    view = "described"
+    while view in condition.lower():  # so that the condition cannot name it, and read what only the view may
+        view += "_"
+    table = _described(view, used) if used else "SELECT row FROM items"
+    database.set_authorizer(partial(_only_conditions, view))
     try:
-        found = database.execute(f"SELECT row FROM items WHERE ({condition}\n)").fetchall()
+        found = database.execute(f"{table} WHERE ({condition}\n)").fetchall()
     except (sqlite3.Error, sqlite3.Warning, UnicodeError) as error:
+        database.set_authorizer(None)
+        if used and database.execute("SELECT 1 FROM metadata WHERE NOT json_valid(facts) LIMIT 1").fetchone():
+            raise StoreError(f"{DATABASE} holds damaged metadata: restore a copy or build the index again") from None
+        known = [*FILTER_COLUMNS, *names[:NAMES_SHOWN], *(["…"] if len(names) > NAMES_SHOWN else [])]
         raise UsageError(
-            f"expected a condition over {', '.join(FILTER_COLUMNS)}, such as source LIKE '%fruit%', "
+            f"expected a condition over {', '.join(known)}, such as source LIKE '%fruit%', "
             f"got {condition!r} ({error}): mend it"
         ) from None
     finally:
@@ -170,8 +186,24 @@ def _uri(folder: Path, options: str) -> str:
     return f"file:{quote(str((folder / DATABASE).absolute()))}?{options}"
 
 
-def _only_conditions(action: int, table: str | None, column: str | None, *_: object) -> int:
-    """SQLite's question whether the statement may do that, answered so that a filter only compares items' fields."""
-    reads = action == sqlite3.SQLITE_READ and table == "items" and column in (*FILTER_COLUMNS, "row")
+def _described(view: str, names: Sequence[str]) -> str:
+    """The beginning of a query of items with their metadata as columns; SQLite takes apart only those that are asked for."""
+    columns = [f"items.{column}" for column in ("row", *FILTER_COLUMNS)]
+    columns += [f'json_extract(metadata.facts, \'$."{name}"\') AS "{name}"' for name in names]
+    joined = f"SELECT {', '.join(columns)} FROM items LEFT JOIN metadata ON metadata.row = items.row"
+    return f"WITH {view} AS ({joined}) SELECT row FROM {view} AS items"
+
+
+def _only_conditions(
+    view: str, action: int, table: str | None, column: str | None, database: str | None, inside: str | None
+) -> int:
+    """SQLite's question whether the statement may do that, answered so that a filter only compares items' fields.
+
+    Metadata as a whole is read only inside the view.
+    """
+    of_items = table == "items" and column in (*FILTER_COLUMNS, "row")
+    of_metadata = table == "metadata" and column in ("facts", "row") and inside == view
+    counts = table in ("items", "metadata") and column == ""  # that there are rows, but no values
+    reads = action == sqlite3.SQLITE_READ and (of_items or of_metadata or counts)
     allowed = reads or action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION)
     return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY

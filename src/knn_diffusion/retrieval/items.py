@@ -6,8 +6,8 @@ import hashlib
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,15 @@ class EncoderIdentity:
 class Item:
     """One image: a stable id, its provenance (file or shard, key inside it), and the SHA-256 of its content in hexadecimal.
 
-    An empty id asks the store to take the first 16 digits of the content digest.
+    An empty id asks the store to take the first 16 digits of the content digest. The metadata is whatever else is known, by
+    names that a condition can use: texts, numbers and truth values; None says that nothing is known.
     """
 
     source: str
     content: str
     key: str = ""
     id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def facts(self, added_at: float) -> Facts:
         """As the database holds it."""

@@ -38,6 +38,7 @@ class LiveState:
         self.name = str(folder) if folder is not None else "the index in memory"
         self.checksums = False
         """Whether items have checksums of their own."""
+        self.metadata_names: tuple[str, ...] = ()
         self.reading = threading.RLock()
         self.reader = database
         self._writer = database if folder is None else None
@@ -97,7 +98,7 @@ class LiveState:
                 missing = [one for one in snapshot.segments if one.number not in known and not one.hold()]
                 if not missing or self.reader.execute("PRAGMA data_version").fetchone()[0] == seen:
                     break  # a file that is missing though nothing was committed meanwhile is damage: whoever reads it says so
-            self.checksums = found.checksums
+            self.checksums, self.metadata_names = found.checksums, found.metadata_names
             self._snapshot, self._seen = snapshot, seen
 
     def _assembled(self, found: Manifest, made: Sequence[Segment]) -> Snapshot:

@@ -19,12 +19,13 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from knn_diffusion.errors import StoreError
-from knn_diffusion.retrieval.database import DATABASE, HISTORY, UPGRADE
+from knn_diffusion.retrieval.database import DATABASE, HISTORY, METADATA, UPGRADE
 from knn_diffusion.retrieval.records import Records
 
 FORMAT_VERSION = 2
 """Of new stores. Format 1 knew no compaction, no signature and no checksum of items; writing to it makes it format 2."""
 READABLE = ("1", "2")
+METADATA_NAMES, METADATA_ROWS = "metadata_names", "metadata_rows"
 OWN_SETTINGS = (
     "format_version",
     "encoder",
@@ -34,6 +35,8 @@ OWN_SETTINGS = (
     "removed",
     "purged",
     "previews",
+    METADATA_NAMES,
+    METADATA_ROWS,
     "signature",
 )
 
@@ -50,6 +53,8 @@ class Manifest:
     removed: Int64[np.ndarray, "removed"]
     """Records of removed images that are still on the disk, ascending."""
     records: Records
+    metadata_names: tuple[str, ...]
+    """Under which something is known of images, beside their provenance."""
 
 
 def read_manifest(database: sqlite3.Connection, name: str, generation: int, records: Records) -> Manifest:
@@ -78,8 +83,14 @@ def read_manifest(database: sqlite3.Connection, name: str, generation: int, reco
             records = _read_records(database, settings, name)
     finally:
         database.execute("COMMIT")
-    checksums = version != "1"
-    return Manifest(generation=now, checksums=checksums, segments=segments, removed=removed, records=records)
+    return Manifest(
+        generation=now,
+        checksums=version != "1",
+        segments=segments,
+        removed=removed,
+        records=records,
+        metadata_names=tuple(json.loads(settings.get(METADATA_NAMES, "[]"))),
+    )
 
 
 def sign(database: sqlite3.Connection) -> None:
@@ -130,6 +141,7 @@ def upgrade(database: sqlite3.Connection) -> None:
         found = database.execute("SELECT row FROM items WHERE deleted_at IS NOT NULL").fetchall()
         add_removed(database, np.array([row for (row,) in found], np.int64))
     database.execute(HISTORY)
+    database.execute(METADATA)
     _remember(database)
 
 

@@ -225,8 +225,8 @@ class Search:
 def answer(store: Store, snapshot: Snapshot, found: Ranked, k: int) -> Neighbors:
     """Ids, scores and stored embeddings of what was found, and how many are missing."""
     here = found.rows >= 0
-    named = iter(store.items(found.rows[here], snapshot))
-    ids = [[next(named).id if one else "" for one in query] for query in here]
+    named = iter(store.facts(found.rows[here], snapshot))
+    ids = [[next(named)[0] if one else "" for one in query] for query in here]
     return Neighbors(
         ids=ids,
         scores=found.scores.astype(np.float32),

@@ -1,6 +1,6 @@
 """The truth of an image index: which images there are, where they came from, and their embeddings.
 
-    store.sqlite                       encoder, settings, segments with their digests, items, previews
+    store.sqlite                       encoder, settings, segments with their digests, items, previews, metadata
     segments/00000001.embeddings.npy   float16 [rows, dim], unit vectors
     segments/00000001.thumbnails.npy   uint8 [rows, 192], 8×8 RGB pictures; missing for vectors without pictures
     cache/                             whatever can be made again from the above
@@ -51,6 +51,7 @@ from knn_diffusion.retrieval.items import (
     preview_is_sound,
 )
 from knn_diffusion.retrieval.live import LiveState
+from knn_diffusion.retrieval.metadata import Value, keep_metadata, metadata_is_sound
 from knn_diffusion.retrieval.segments import CURE, THUMBNAIL_VALUES, CompactedError, Snapshot, stored_rows
 from knn_diffusion.retrieval.transaction import SEGMENTS, sync
 
@@ -189,9 +190,13 @@ class Store:
         return rows[snapshot.alive[rows]]
 
     def items(self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot | None = None) -> list[Item]:
-        """Id and provenance of each row. Raises: StoreError when the database does not hold one, or it is damaged."""
-        found = self.facts(rows, snapshot)
-        return [Item(id=id_, source=source, key=key, content=content.hex()) for id_, source, key, content, _ in found]
+        """What is known of each row. Raises: StoreError when the database does not hold one, or it is damaged."""
+        now = snapshot or self.snapshot()
+        found = zip(self.facts(rows, now), self.metadata(rows, now), strict=True)
+        return [
+            Item(id=id_, source=source, key=key, content=content.hex(), metadata=metadata)
+            for (id_, source, key, content, _), metadata in found
+        ]
 
     def facts(self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot | None = None) -> list[Facts]:
         """As `items`, with the time of adding, as the database holds it."""
@@ -207,6 +212,21 @@ class Store:
             self._require_generation(now)
             raise StoreError(f"{self.name}: row {missing[0]} is not in the database: {CURE}")
         return [found[record] for record in records]
+
+    def metadata(self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot | None = None) -> list[dict[str, Value]]:
+        """The metadata of each row, empty for one without. Raises: StoreError when it is damaged."""
+        now = snapshot or self.snapshot()
+        records = now.records.of_rows(rows).tolist()
+        found: dict[int, dict[str, Value]] = {}
+        for piece in pieces(records) if self.live.metadata_names else ():
+            sql = f"SELECT row, facts, crc32 FROM metadata WHERE row IN ({','.join('?' * len(piece))})"
+            for record, facts, crc in self.live.query(sql, piece):
+                if not metadata_is_sound(record, facts, crc):
+                    raise StoreError(f"{self.name}: the metadata of row {record} is damaged: {CURE}")
+                found[record] = json.loads(facts)
+        if self.live.metadata_names and len(found) < len(records):
+            self._require_generation(now)
+        return [found.get(record, {}) for record in records]
 
     def id_of_content(self, content: str) -> str | None:
         """The id of the image with this content digest, None when it is not there or removed."""
@@ -243,14 +263,18 @@ class Store:
         return None
 
     def matching(self, where: str, snapshot: Snapshot | None = None) -> Bool[np.ndarray, "rows"]:
-        """Which rows are not removed and fulfil an SQL condition over id, source, key and added_at (seconds since 1970).
+        """Which rows are not removed and fulfil an SQL condition.
+
+        Args:
+            where: over id, source, key, added_at (seconds since 1970) and the names of metadata, NULL where it is missing.
 
         Raises: UsageError when it is no condition, or names anything else; CompactedError when the snapshot is too old.
         """
         if snapshot is None:
             return self.consistently(lambda now: self.matching(where, now))
         with self.live.reading:
-            rows = snapshot.records.rows_of(rows_where(self.live.reader, where))
+            found = rows_where(self.live.reader, where, self.live.metadata_names)
+            rows = snapshot.records.rows_of(found)
         self._require_generation(snapshot)
         mask = np.zeros(snapshot.num_rows, bool)
         mask[rows[(rows >= 0) & (rows < snapshot.num_rows)]] = True
@@ -274,8 +298,8 @@ class Store:
             added_at: seconds since 1970 of each image; None for now.
 
         Returns: which were added; the others were there already, with the same content.
-        Raises: FingerprintError for another width; UsageError for vectors that are zero or not finite and for an id taken
-            by other content; KnnDiffusionError when the disk is full; StoreError when another process writes.
+        Raises: FingerprintError for another width; UsageError for vectors that are zero or not finite, for an id taken
+            by other content and for what cannot be metadata; KnnDiffusionError when the disk is full; StoreError when another process writes.
         """
         vectors = stored_rows(embeddings, self.encoder.dim, f"{self.name}, embeddings")
         with self.live.transaction() as change:
@@ -287,6 +311,7 @@ class Store:
             facts = [item.facts(moment) for item, moment in zip(named, times, strict=True)]
             pictures = None if thumbnails is None else np.ascontiguousarray(thumbnails[chosen])
             record = before.num_records
+            keep_metadata(change.database, [item.metadata for item in named], record)
             change.append(facts, vectors[chosen], pictures, before.num_rows, record)
             shown = [previews[place] for place in chosen.tolist()] if previews is not None else []
             numbered = [(number, picture) for number, picture in enumerate(shown, record) if picture]

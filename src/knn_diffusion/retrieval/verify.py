@@ -10,6 +10,8 @@ import numpy as np
 from knn_diffusion.errors import StoreError
 from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.items import Facts, item_line, items_digest, preview_is_sound
+from knn_diffusion.retrieval.manifest import METADATA_ROWS
+from knn_diffusion.retrieval.metadata import metadata_is_sound
 from knn_diffusion.retrieval.segments import Segment, Snapshot
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def _problems(store: Store, snapshot: Snapshot) -> Iterator[str]:
     if total != snapshot.num_rows:
         yield f"{DATABASE}: expected {snapshot.num_rows} rows, found {total}"
     yield from _preview_problems(store)
+    yield from _metadata_problems(store)
 
 
 def _preview_problems(store: Store) -> Iterator[str]:
@@ -64,6 +67,21 @@ def _preview_problems(store: Store) -> Iterator[str]:
         for row, picture, crc in found:
             if not preview_is_sound(row, picture, crc):
                 yield f"the preview of row {row} is damaged"
+        last = found[-1][0]
+
+
+def _metadata_problems(store: Store) -> Iterator[str]:
+    last, counted = -1, int(store.setting(METADATA_ROWS) or 0)
+    if not store.live.query("SELECT name FROM sqlite_master WHERE name = 'metadata'"):
+        yield from [f"{DATABASE}: expected metadata of {counted} images, found none"] if counted else []
+        return
+    total = store.live.query("SELECT count(*) FROM metadata")[0][0]
+    if counted != total:
+        yield f"{DATABASE}: expected metadata of {counted} images, found {total}"
+    while found := store.live.query(
+        "SELECT row, facts, crc32 FROM metadata WHERE row > ? ORDER BY row LIMIT ?", (last, RECORDS_READ)
+    ):
+        yield from (f"the metadata of row {one[0]} is damaged" for one in found if not metadata_is_sound(*one))
         last = found[-1][0]
 
 

@@ -45,7 +45,7 @@ class Retriever(Protocol):
 
         Args:
             exclude_ids: for each query, ids it must not find; unknown ones do no harm.
-            where: a condition over id, source, key and added_at, such as `source LIKE '%fruit%'`.
+            where: a condition over id, source, key, added_at and the names of metadata, such as `source LIKE '%fruit%'`.
             modality: what the queries are embeddings of; a search for texts must look further.
         """
 

@@ -11,17 +11,22 @@ import math
 import re
 import sqlite3
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
 
-from knn_diffusion.errors import UsageError
-from knn_diffusion.retrieval.database import text
+from knn_diffusion.errors import StoreError, UsageError
+from knn_diffusion.retrieval.database import pieces, text
 from knn_diffusion.retrieval.manifest import METADATA_NAMES, METADATA_ROWS, get, put
+from knn_diffusion.retrieval.segments import CURE
+
+if TYPE_CHECKING:
+    from knn_diffusion.retrieval.live import LiveState
 
 Value = str | int | float | bool
 Metadata = Mapping[str, Value]
@@ -31,6 +36,13 @@ MAX_NAMES = 64
 RESERVED = ("row", "id", "source", "key", "content", "added_at", "deleted_at", "crc32")
 """The store's own columns."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HELD: dict[type[Value], set[str]] = {
+    bool: {"true", "false"},
+    int: {"integer"},
+    float: {"integer", "real"},
+    str: {"integer", "real", "text", "true", "false"},
+}
+"""Types of JSON, as SQLite calls them, that each of ours holds."""
 _LEAST, _MOST = -(2**63), 2**63 - 1
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
@@ -62,6 +74,29 @@ def drop_metadata(database: sqlite3.Connection, records: Int[np.ndarray, "record
         _count(database, -max(deleted.rowcount, 0))
 
 
+def read_metadata(live: LiveState, records: Sequence[int]) -> dict[int, dict[str, Value]]:
+    """What is known of those of the records that have metadata. Raises: StoreError when it is damaged."""
+    found = {}
+    for piece in pieces(list(records)):
+        sql = f"SELECT row, facts, crc32 FROM metadata WHERE row IN ({','.join('?' * len(piece))})"
+        for record, facts, crc in live.query(sql, piece):
+            if not metadata_is_sound(record, facts, crc):
+                raise StoreError(f"{live.name}: the metadata of row {record} is damaged: {CURE}")
+            found[record] = json.loads(facts)
+    return found
+
+
+def metadata_kinds(live: LiveState) -> dict[str, type[Value]]:
+    """The type that holds all values of each name: bool, int, float, or str where they have nothing else in common."""
+    if not live.metadata_names:
+        return {}
+    sql = "SELECT key, type FROM metadata, json_each(metadata.facts) GROUP BY key, type"
+    types: dict[str, set[str]] = {name: set() for name in live.metadata_names}
+    for name, kind in live.query(sql):
+        types[name].add(kind)
+    return {name: next(held for held, within in _HELD.items() if found <= within) for name, found in types.items()}
+
+
 def checked(metadata: Mapping[str, Any]) -> dict[str, Value]:
     """The metadata without values that are None, numbers of NumPy as plain ones.
 
@@ -83,17 +118,19 @@ def checked(metadata: Mapping[str, Any]) -> dict[str, Value]:
     return facts
 
 
-def scalars(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Value]:
+def scalars(row: Mapping[str, Any], besides: Collection[str] = ()) -> dict[str, Value]:
     """What a row of somebody's table holds that can be metadata; the rest, such as lists and NaN, is left out.
 
     Args:
-        names: of its columns, to their names as metadata.
+        besides: columns that mean something else.
     """
-    found = ((names[column], _scalar(value)) for column, value in row.items() if column in names)
+    names = column_names(tuple(column for column in row if column not in besides))
+    found = ((name, _scalar(row[column])) for column, name in names.items())
     return {name: value for name, value in found if value is not None}
 
 
-def column_names(columns: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
+@lru_cache(64)
+def column_names(columns: tuple[str, ...], taken: tuple[str, ...] = ()) -> Mapping[str, str]:
     """Names as metadata of a table's columns: `_` where an identifier has no such letter, more of them until it is free."""
     used, names = {*RESERVED, *(one.lower() for one in taken)}, {}
     for column in columns:

@@ -51,7 +51,7 @@ from knn_diffusion.retrieval.items import (
     preview_is_sound,
 )
 from knn_diffusion.retrieval.live import LiveState
-from knn_diffusion.retrieval.metadata import Value, keep_metadata, metadata_is_sound
+from knn_diffusion.retrieval.metadata import Value, keep_metadata, read_metadata
 from knn_diffusion.retrieval.segments import CURE, THUMBNAIL_VALUES, CompactedError, Snapshot, stored_rows
 from knn_diffusion.retrieval.transaction import SEGMENTS, sync
 
@@ -215,16 +215,12 @@ class Store:
 
     def metadata(self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot | None = None) -> list[dict[str, Value]]:
         """The metadata of each row, empty for one without. Raises: StoreError when it is damaged."""
+        if not self.live.metadata_names:
+            return [{} for _ in rows]
         now = snapshot or self.snapshot()
         records = now.records.of_rows(rows).tolist()
-        found: dict[int, dict[str, Value]] = {}
-        for piece in pieces(records) if self.live.metadata_names else ():
-            sql = f"SELECT row, facts, crc32 FROM metadata WHERE row IN ({','.join('?' * len(piece))})"
-            for record, facts, crc in self.live.query(sql, piece):
-                if not metadata_is_sound(record, facts, crc):
-                    raise StoreError(f"{self.name}: the metadata of row {record} is damaged: {CURE}")
-                found[record] = json.loads(facts)
-        if self.live.metadata_names and len(found) < len(records):
+        found = read_metadata(self.live, records)
+        if len(found) < len(records):
             self._require_generation(now)
         return [found.get(record, {}) for record in records]
 

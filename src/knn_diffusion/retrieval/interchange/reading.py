@@ -136,7 +136,7 @@ def _add(
 
 def _item(told: Provenance, row: Float16[np.ndarray, "dim"]) -> Item:
     content = told.content or vector_digest(row)
-    return Item(id=told.id, source=told.source or "", key=told.key, content=content)
+    return Item(id=told.id, source=told.source or "", key=told.key, content=content, metadata=told.metadata)
 
 
 def vector_digest(row: Float16[np.ndarray, "dim"]) -> str:
@@ -148,7 +148,7 @@ def _taken(store: Store, items: Sequence[Item]) -> list[int]:
     """Places of the items whose id belongs to other content, in the store or earlier in the list."""
     ids = sorted({item.id for item in items if item.id})
     rows = store.rows_of(ids)
-    owners = {item.id: item.content for item in store.items(rows[rows >= 0])}
+    owners = {id_: content.hex() for id_, _, _, content, _ in store.facts(rows[rows >= 0])}
     return [
         place
         for place, item in enumerate(items)

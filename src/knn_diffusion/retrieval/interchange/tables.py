@@ -13,6 +13,7 @@ import numpy as np
 
 from knn_diffusion.errors import MissingDependencyError, StoreError, UsageError
 from knn_diffusion.retrieval.database import text
+from knn_diffusion.retrieval.metadata import scalars
 
 CONTENT_COLUMN = "content_sha256"
 """Written by our exports only: what stands for the content of the image."""
@@ -20,7 +21,8 @@ SOURCE_COLUMNS = ("source", "url", "image_path", "path", "file_name")
 """Where an image came from: of these columns the first that is not empty."""
 KEY_COLUMNS = ("key", "image_path")
 """The image's name inside its data set: the first of these columns that is there."""
-_COLUMNS = ("id", CONTENT_COLUMN, *SOURCE_COLUMNS, "key")
+OWN_COLUMNS = ("id", CONTENT_COLUMN, *SOURCE_COLUMNS, "key")
+"""All others are metadata."""
 _READ_ROWS = 4096
 
 
@@ -31,6 +33,7 @@ class Provenance(NamedTuple):
     source: str | None = None
     key: str = ""
     content: str = ""
+    metadata: Mapping[str, Any] = {}
 
 
 def count_rows(path: Path) -> int:
@@ -60,15 +63,24 @@ def read_rows(path: Path, start: int = 0, *, ids: bool = True) -> Iterator[Prove
     Raises: StoreError, at the row, when the table is damaged.
     """
     _check(path)
-    if path.suffix == ".parquet":
-        yield from islice(_parquet_rows(path, ids), start, None)
-    elif path.suffix == ".npy":
+    if path.suffix == ".npy":
         yield from (Provenance(id=_word(value)) for value in _id_array(path)[start:])
+    elif path.suffix == ".txt":
+        yield from (Provenance(id=text(line)) for _, line in _lines(path, start))
     else:
-        # Only a line feed ends a line: Python's own reading of text would also split at a carriage return inside an id.
-        with path.open(encoding="utf-8-sig", errors="backslashreplace", newline="\n") as file:
-            lines = enumerate(islice(file, start, None), start + 1)
-            yield from (_of_line(path, number, line.rstrip("\r\n"), ids) for number, line in lines)
+        yield from (_of_row(row, ids) for row in read_objects(path, start))
+
+
+def read_objects(path: Path, start: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The rows of a parquet or JSON lines table as objects, from row `start` on; of parquet only columns of single values.
+
+    Raises: UsageError when it is missing or of another kind; StoreError, at the row, when it is damaged.
+    """
+    _check(path)
+    if path.suffix == ".parquet":
+        yield from islice(_parquet_objects(path), start, None)
+    else:
+        yield from (_json_object(path, number, line) for number, line in _lines(path, start))
 
 
 def map_npy(path: Path) -> np.ndarray:
@@ -90,37 +102,46 @@ def _check(path: Path) -> None:
         raise UsageError(f"expected a table, {path} does not exist: check the path")
 
 
-def _of_line(path: Path, number: int, line: str, ids: bool) -> Provenance:
-    if path.suffix == ".txt":
-        return Provenance(id=text(line))
+def _lines(path: Path, start: int) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers. Only a line feed ends one: Python's own way would also split at one inside an id."""
+    with path.open(encoding="utf-8-sig", errors="backslashreplace", newline="\n") as file:
+        for number, line in enumerate(islice(file, start, None), start + 1):
+            yield number, line.rstrip("\r\n")
+
+
+def _json_object(path: Path, number: int, line: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path}, line {number}: expected a JSON object ({error}): mend the line") from None
     if not isinstance(row, dict):
         raise StoreError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}: mend the line")
-    return _of_row(row, ids)
+    return row
 
 
-def _parquet_rows(path: Path, ids: bool) -> Iterator[Provenance]:
+def _parquet_objects(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         with _opened(path) as table:
-            names = table.schema_arrow.names
-            wanted = [name for name in _COLUMNS if name in names]
+            wanted = [field.name for field in table.schema_arrow if field.name in OWN_COLUMNS or _is_single(field.type)]
             if not wanted:
-                yield from (Provenance() for _ in range(table.metadata.num_rows))
+                yield from ({} for _ in range(table.metadata.num_rows))
                 return
             for batch in table.iter_batches(batch_size=_READ_ROWS, columns=wanted):
-                yield from _of_batch(batch, wanted, ids)
+                yield from _of_batch(batch, wanted)
     except (OSError, ValueError, TypeError, ArithmeticError) as error:
         raise _damaged(path, error) from None
 
 
-def _of_batch(batch: Any, wanted: Sequence[str], ids: bool) -> Iterator[Provenance]:
+def _is_single(kind: Any) -> bool:
+    from pyarrow import types
+
+    return not types.is_nested(kind) and "binary" not in str(kind)
+
+
+def _of_batch(batch: Any, wanted: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     names = list(batch.schema.names)
     columns = [batch.column(names.index(name)).to_pylist() for name in wanted]
-    for values in zip(*columns, strict=True):
-        yield _of_row(dict(zip(wanted, values, strict=True)), ids)
+    return (dict(zip(wanted, values, strict=True)) for values in zip(*columns, strict=True))
 
 
 def _of_row(row: Mapping[str, Any], ids: bool) -> Provenance:
@@ -132,6 +153,7 @@ def _of_row(row: Mapping[str, Any], ids: bool) -> Provenance:
         source=next(filter(None, named), "") if named else None,
         key=next((_word(row[name]) for name in KEY_COLUMNS if name in row), ""),
         content=content if ours else "",
+        metadata=scalars(row, OWN_COLUMNS),
     )
 
 

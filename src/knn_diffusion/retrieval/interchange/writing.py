@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from knn_diffusion.checkpoint import atomic_folder, write_json
 from knn_diffusion.errors import MissingDependencyError, StoreError, UsageError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.interchange.faiss_file import write_faiss
-from knn_diffusion.retrieval.interchange.tables import CONTENT_COLUMN
+from knn_diffusion.retrieval.interchange.tables import CONTENT_COLUMN, OWN_COLUMNS
 from knn_diffusion.retrieval.interchange.vector_files import EMBEDDINGS_FILE, ENCODER_FILE, IDS_FILE, PROVENANCE_FILE
+from knn_diffusion.retrieval.metadata import Value, column_names, metadata_kinds
 from knn_diffusion.retrieval.plan import IndexConfig
 from knn_diffusion.retrieval.segments import SEGMENT_ROWS, CompactedError, Snapshot
 from knn_diffusion.retrieval.store import Item, Store
@@ -31,6 +32,7 @@ SHARD_ROWS = 1_000_000
 BATCH_ROWS = SEGMENT_ROWS
 
 Layout = Literal["clip-retrieval", "npy"]
+Kinds = Mapping[str, type[Value]]
 Batches = Iterator[tuple[Float16[np.ndarray, "rows dim"], list[Item]]]
 
 
@@ -106,7 +108,7 @@ class _Batches:
     """Vectors and items of rows, a bounded number at a time; counts what it has given out."""
 
     def __init__(self, store: Store, snapshot: Snapshot, progress: Progress | None) -> None:
-        self.dim = store.encoder.dim
+        self.dim, self.kinds = store.encoder.dim, metadata_kinds(store.live)
         self._store, self._snapshot, self._progress, self._done = store, snapshot, progress, 0
 
     def of(self, rows: Int[np.ndarray, "some"]) -> Batches:
@@ -132,9 +134,9 @@ def _write_clip_retrieval(folder: Path, shards: Sequence[np.ndarray], batches: _
                 if table is None:
                     urls = urls or (number == 0 and any(_is_url(item.source) for item in items))
                     path = folder / "metadata" / f"metadata_{name}.parquet"
-                    table = stack.enter_context(_parquet_file(path, urls))
+                    table = stack.enter_context(_parquet_file(path, urls, batches.kinds))
                 vectors.write(np.ascontiguousarray(embeddings).data)
-                table.write_batch(_record_batch(table.schema, items))
+                table.write_batch(_record_batch(table.schema, items, batches.kinds))
 
 
 def _write_npy(folder: Path, rows: Int[np.ndarray, "some"], batches: _Batches) -> None:
@@ -146,11 +148,13 @@ def _write_npy(folder: Path, rows: Int[np.ndarray, "some"], batches: _Batches) -
         for embeddings, items in batches.of(rows):
             vectors.write(np.ascontiguousarray(embeddings).data)
             ids.write("".join(_id_line(item.id) for item in items).encode())
-            provenance.write("".join(json.dumps(_fields(item)) + "\n" for item in items).encode())
+            provenance.write("".join(json.dumps(_fields(item, batches.kinds)) + "\n" for item in items).encode())
 
 
-def _fields(item: Item) -> dict[str, str]:
-    return {"id": item.id, "source": item.source, "key": item.key, CONTENT_COLUMN: item.content}
+def _fields(item: Item, kinds: Kinds) -> dict[str, Any]:
+    names = column_names(tuple(kinds), OWN_COLUMNS)
+    told = {names[name]: value for name, value in item.metadata.items()}
+    return {"id": item.id, "source": item.source, "key": item.key, CONTENT_COLUMN: item.content, **told}
 
 
 def _id_line(id_: str) -> str:
@@ -164,26 +168,38 @@ def _is_url(source: str) -> bool:
 
 
 @contextmanager
-def _parquet_file(path: Path, urls: bool) -> Iterator[Any]:
-    """A writer of our columns. clip-retrieval shows the picture at `url`, or the one on this disk at `image_path`."""
+def _parquet_file(path: Path, urls: bool, kinds: Kinds) -> Iterator[Any]:
+    """A writer of our columns and of those of metadata. clip-retrieval shows the picture at `url`, or the one on this disk at `image_path`."""
     pyarrow = _pyarrow()
     from pyarrow import parquet
 
     names = ["id", "image_path", *(["url"] if urls else []), "key", CONTENT_COLUMN]
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
+    types = {str: pyarrow.string(), bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
+    others = column_names(tuple(kinds), OWN_COLUMNS)
+    told = [(others[name], types[kind]) for name, kind in kinds.items()]
+    schema = pyarrow.schema([*((name, pyarrow.string()) for name in names), *told])
     with _synced(path) as file, parquet.ParquetWriter(file, schema) as writer:
         yield writer
 
 
-def _record_batch(schema: Any, items: Sequence[Item]) -> Any:
-    columns = {
+def _record_batch(schema: Any, items: Sequence[Item], kinds: Kinds) -> Any:
+    columns: dict[str, list[Any]] = {
         "id": [item.id for item in items],
         "image_path": [item.source for item in items],
         "url": [item.source if _is_url(item.source) else None for item in items],
         "key": [item.key for item in items],
         CONTENT_COLUMN: [item.content for item in items],
     }
+    for name, column in column_names(tuple(kinds), OWN_COLUMNS).items():
+        columns[column] = [_as(kinds[name], item.metadata.get(name)) for item in items]
     return _pyarrow().record_batch([columns[name] for name in schema.names], schema=schema)
+
+
+def _as(kind: type[Value], value: Value | None) -> Value | None:
+    """The value in a column of that type; in one of texts numbers and truth values are written as JSON writes them."""
+    if value is None or isinstance(value, kind):
+        return value
+    return json.dumps(value) if kind is str else float(value)
 
 
 def _pyarrow() -> Any:

@@ -75,12 +75,12 @@ def _tokens(condition: str) -> list[_Token]:
     return [*found, _Token("end", "", end)]
 
 
-def _refuse(condition: str, place: int) -> NoReturn:
+def _refuse(condition: str, place: int, note: str = "") -> NoReturn:
     rest = condition[place:].strip()
     where = f"at {rest[:20]!r}" if rest else "at its end"
     raise UsageError(
         f"expected a condition of comparisons, LIKE, IN, BETWEEN, AND, OR, NOT and parentheses over "
-        f"{', '.join(FILTER_COLUMNS)}, such as source LIKE '%fruit%', got {condition!r} (not understood {where}): mend it"
+        f"{', '.join(FILTER_COLUMNS)}, such as source LIKE '%fruit%', got {condition!r} (not understood {where}{note}): mend it"
     ) from None
 
 
@@ -148,7 +148,8 @@ class _Parser:
 
     def _column(self) -> str:
         if self._here.text.lower() not in FILTER_COLUMNS:
-            self._refused()
+            note = "; metadata is not sent to Milvus, filter by it in the index on this machine"
+            _refuse(self._condition, self._here.place, note if self._here.kind == "word" else "")
         return self._need("word").lower()
 
     def _value(self, column: str) -> str:

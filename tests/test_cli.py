@@ -259,6 +259,22 @@ def test_index_search_finds_by_text(run: Any, index: Path) -> None:
     assert all({"id", "score", "source"} <= one.keys() for one in found)
 
 
+def test_index_search_filters_by_metadata_and_shows_it(run: Any, index: Path, tmp_path: Path) -> None:
+    for name, colour in (("pink", (250, 0, 250)), ("grey", (90, 90, 90))):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "facts.csv").write_text("source,width\npink.png,640\ngrey.png,100\nlost.png,1\n")
+    options = ("--metadata", tmp_path / "facts.csv")
+    added = run("index", "add", index, tmp_path / "pink.png", tmp_path / "grey.png", *options)
+    assert "rows of metadata that tell of none of these images, or of several: 1" in added.err
+    search = ("index", "search", index, "--image", tmp_path / "grey.png", "-k", 1)
+    found = run(*search, "--where", "width >= 512 AND source LIKE '%.png'", "--json").json["neighbors"]
+    assert (Path(found[0]["source"]).name, found[0]["metadata"]) == ("pink.png", {"width": 640})
+    assert "metadata" not in run(*search, "--where", "width IS NULL", "--json").json["neighbors"][0]
+    fails(
+        run(*search, "--where", "widht > 5"), 2, "expected a condition over id, source, key, added_at, width, such as"
+    )
+
+
 def test_index_search_wants_exactly_one_query(run: Any, index: Path, pictures: Path) -> None:
     fails(run("index", "search", index), 2, "--text or --image")
     fails(run("index", "search", index, "--text", "a cat", "--image", pictures / "red-bar.png"), 2, "--text or --image")

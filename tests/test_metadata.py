@@ -367,8 +367,8 @@ def test_of_many_names_an_error_lists_the_first_twenty() -> None:
 
 
 def test_columns_get_names_that_conditions_can_use() -> None:
-    given = ["width", "WIDTH", "image size (px)", "2nd", "", "content", "größe"]
-    assert list(column_names(given, taken=["url"]).values()) == [
+    given = ("width", "WIDTH", "image size (px)", "2nd", "", "content", "größe")
+    assert list(column_names(given, ("url",)).values()) == [
         "width", "WIDTH_", "image_size__px_", "_2nd", "_", "content_", "gr__e"
     ]  # fmt: skip
-    assert column_names(["URL"], taken=["url"]) == {"URL": "URL_"}
+    assert column_names(("URL",), ("url",)) == {"URL": "URL_"}

@@ -26,6 +26,10 @@ ImagesArgument = Annotated[
     list[str], typer.Argument(metavar="IMAGES...", help="Folders, files, tar shards, parquet.", show_default=False)
 ]
 
+MetadataOption = Annotated[
+    list[str] | None,
+    typer.Option("--metadata", metavar="FILE", help="Table of facts to filter by, .csv, .jsonl or .parquet."),
+]
 RayOption = Annotated[bool, typer.Option("--ray", help="Embed in many processes, with Ray.")]
 RayAddressOption = Annotated[
     str | None, typer.Option("--ray-address", help="Ray cluster to work on, host:port; else this machine.")
@@ -44,6 +48,7 @@ def build(
     *,
     output: Annotated[Path, typer.Option("--output", help="New folder for the index.", show_default=False)],
     encoder: Annotated[str, typer.Option("--encoder", help="Registered name, folder or model id.")] = "stickers",
+    metadata: MetadataOption = None,
     ray: RayOption = False,
     ray_address: RayAddressOption = None,
     ray_gpus: RayGpusOption = 0.0,
@@ -51,13 +56,15 @@ def build(
 ) -> None:
     """Embed images into a new index; those that cannot be read are listed and left out.
 
-    Example: knn-diffusion index build photos more.tar --output my-index
+    Example: knn-diffusion index build photos more.tar --output my-index --metadata photos/facts.csv
     """
     from knn_diffusion.image_index import ImageIndex
 
     spread = _spread(ray, ray_address, ray_gpus)
     with progress() as show:
-        made = ImageIndex.build(images, output, encoder, progress=show, announce=_announce, ray=spread)
+        made = ImageIndex.build(
+            images, output, encoder, progress=show, announce=_announce, ray=spread, metadata=metadata
+        )
     assert made.report is not None
     _tell(made.report, made, output, as_json)
 
@@ -67,6 +74,7 @@ def add(
     index: IndexArgument,
     images: ImagesArgument,
     *,
+    metadata: MetadataOption = None,
     ray: RayOption = False,
     ray_address: RayAddressOption = None,
     ray_gpus: RayGpusOption = 0.0,
@@ -78,7 +86,7 @@ def add(
     """
     opened, spread = changeable(index), _spread(ray, ray_address, ray_gpus)
     with progress() as show:
-        report = opened.add(images, progress=show, ray=spread)
+        report = opened.add(images, progress=show, ray=spread, metadata=metadata)
     if report.skipped and not report.added and not report.already_present:
         first = report.skipped[0]
         raise ImageError(
@@ -141,22 +149,30 @@ def search(
     text: Annotated[str | None, typer.Option("--text", help="Find images that fit this text.")] = None,
     image: Annotated[Path | None, typer.Option("--image", help="Find images that look like this one.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many.")] = 10,
+    where: Annotated[
+        str | None, typer.Option("--where", metavar="CONDITION", help='Only those, such as "width >= 512".')
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the images nearest to a text or to an image.
 
-    Example: knn-diffusion index search stickers --text "a puppy" -k 5
+    Example: knn-diffusion index search stickers --text "a puppy" -k 5 --where "source LIKE '%dog%'"
     """
     from knn_diffusion.image_index import ImageIndex
 
     if (text is None) == (image is None):
         raise UsageError("expected --text or --image, exactly one of them: name what to search by")
     opened = ImageIndex.open(index, read_only=True)
-    found = opened.search_text(text, k) if text is not None else opened.search_image(_existing(image), k)
+    if text is not None:
+        found = opened.search_text(text, k, where=where)
+    else:
+        found = opened.search_image(_existing(image), k, where=where)
     ids = [one for one in found.ids[0] if one]
     neighbors: list[dict[str, Any]] = [
-        {"id": one, "score": round(float(score), 6), "source": source}
-        for one, score, source in zip(ids, found.scores[0], opened.sources(ids), strict=False)
+        {"id": one, "score": round(float(score), 6), "source": source, **({"metadata": facts} if facts else {})}
+        for one, score, source, facts in zip(
+            ids, found.scores[0], opened.sources(ids), opened.metadata(ids), strict=False
+        )
     ]
     result = {
         "query": text if text is not None else str(image),
@@ -203,6 +219,8 @@ def _tell(report: AddReport, index: ImageIndex, folder: Path, as_json: bool) -> 
         say(" ".join(f"skipped {one.source}: {one.reason}".split()))
     if len(report.skipped) > SKIPPED_SHOWN:
         say(f"skipped {len(report.skipped) - SKIPPED_SHOWN} more, see --json")
+    if report.unmatched_rows:
+        say(f"rows of metadata that tell of none of these images, or of several: {report.unmatched_rows:,}")
 
     def lines() -> Iterator[str]:
         yield f"added {report.added:,}, present before {report.already_present:,}, skipped {len(report.skipped):,}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
 from knn_diffusion.image_index.encoder import IndexEncoder
 from knn_diffusion.image_index.ingest import AddReport, Images, Writer, embed, find_sources
+from knn_diffusion.image_index.metadata_table import Tables, match_tables
 from knn_diffusion.image_index.settings import settle_rule
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.database import DATABASE
@@ -62,13 +63,15 @@ def add(
     store: Store,
     encoder: IndexEncoder,
     images: Images,
+    metadata: Tables | None = None,
     *,
     previews: bool,
     ray: RayConfig | None,
     progress: Progress | None,
 ) -> AddReport:
     """See ImageIndex.add."""
-    found, writer = find_sources(images), Writer(store)
+    found = find_sources(images)
+    writer = Writer(store, match_tables(metadata, found) if metadata is not None else None)
     told = progress or (lambda what, done, total: None)
     told("adding images", 0, len(found))
     if ray is None:

@@ -1,4 +1,4 @@
-"""Which images an index holds: their ids, where they came from, how they look."""
+"""Which images an index holds: their ids, where they came from, what else is known of them, how they look."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from jaxtyping import Int
 from PIL import Image
 
 from knn_diffusion.errors import UsageError
+from knn_diffusion.retrieval.metadata import Value
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
 
 def ids(store: Store) -> list[str]:
     """The id of every image, in the order they were added."""
-    return store.consistently(lambda now: [item.id for item in store.items(now.live_rows, now)])
+    return store.consistently(lambda now: [facts[0] for facts in store.facts(now.live_rows, now)])
 
 
 def sources(store: Store, wanted: Sequence[str]) -> list[str]:
     """Where the images of these ids came from. Raises: UsageError for an unknown id."""
     found = store.consistently(lambda now: store.items(_rows(store, wanted, now), now))
     return [item.source for item in found]
+
+
+def metadata(store: Store, wanted: Sequence[str]) -> list[dict[str, Value]]:
+    """What is known of the images of these ids, by name. Raises: UsageError for an unknown id."""
+    return store.consistently(lambda now: store.metadata(_rows(store, wanted, now), now))
 
 
 def preview(store: Store, wanted: str) -> Image.Image | None:

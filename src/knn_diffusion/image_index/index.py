@@ -29,6 +29,7 @@ from knn_diffusion.image_index.encoder import AnyEncoder, IndexEncoder, identity
 from knn_diffusion.image_index.exchange import Claim, import_files
 from knn_diffusion.image_index.exclusion import Excluded, excluded_items, per_query
 from knn_diffusion.image_index.ingest import AddReport, Images, find_sources
+from knn_diffusion.image_index.metadata_table import Tables
 from knn_diffusion.image_index.settings import keep_reach, keep_rule, stored_rule, stored_settings
 from knn_diffusion.image_index.upkeep import Upkeep, require_writable
 from knn_diffusion.models.encoders import JointEncoder
@@ -47,6 +48,7 @@ from knn_diffusion.retrieval.interchange import (
     find_vectors,
 )
 from knn_diffusion.retrieval.kept import cache_problem
+from knn_diffusion.retrieval.metadata import Value
 from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule
 from knn_diffusion.retrieval.neighbors import neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, plan_for
@@ -88,6 +90,7 @@ class ImageIndex:
         settings: IndexConfig | None = None,
         rule: DedupConfig | None = None,
         ray: RayConfig | None = None,
+        metadata: Tables | None = None,
     ) -> ImageIndex:
         """A new index of the images in a new folder, or in memory when `path` is None; `report` says what was skipped.
 
@@ -99,6 +102,7 @@ class ImageIndex:
             rule: when two images count as the same; None takes the encoder's, or calibrates one on these images.
             ray: spread the work over processes or machines. The index is the same, and an interrupted build goes on
                 with the same call.
+            metadata: tables of what is known of the images, as in `add`.
 
         Raises: UsageError when the folder exists or no image is found; ImageError when none can be used; with `ray`, what
             `add` raises, and FingerprintError when another encoder began the build. After an interruption the folder holds
@@ -114,7 +118,7 @@ class ImageIndex:
             keep_place(store, encoder)
             if rule is not None:
                 index.set_rule(rule)
-            report = index.report = index.add(found, progress=progress, previews=previews, ray=ray)
+            report = index.report = index.add(found, progress=progress, previews=previews, ray=ray, metadata=metadata)
             if not len(index):
                 first = report.skipped[0]
                 raise ImageError(
@@ -188,6 +192,7 @@ class ImageIndex:
         progress: Progress | None = None,
         previews: bool = True,
         ray: RayConfig | None = None,
+        metadata: Tables | None = None,
     ) -> AddReport:
         """Add images; each batch is on the disk, and found by searches, when the next one starts.
 
@@ -197,11 +202,15 @@ class ImageIndex:
         Args:
             ray: spread decoding and embedding over processes or machines. An image under a known absolute path, in a file
                 that has not changed since, is then passed over unread.
+            metadata: .csv, .jsonl or .parquet tables with a column `source` or `key` that names the image; the others
+                become columns of `where`. Images that are there already keep what they have.
 
         Raises: UsageError when no image is found; KnnDiffusionError when the disk is full, or Ray gives up: earlier
             batches stay. MissingDependencyError without Ray.
         """
-        report = building.add(self._store, self._encoder, images, previews=previews, ray=ray, progress=progress)
+        report = building.add(
+            self._store, self._encoder, images, metadata, previews=previews, ray=ray, progress=progress
+        )
         if building.complete(self._store):
             self._retriever.rule = stored_rule(self._store)
         self._look_after()
@@ -366,7 +375,8 @@ class ImageIndex:
 
         Args:
             exclude_ids: ids no query may find, or for each query the ids it may not find.
-            where: an SQL condition over id, source, key and added_at, such as `source LIKE '%fruit%'`.
+            where: an SQL condition over id, source, key, added_at and the names of metadata, such as
+                `source LIKE '%fruit%' AND width >= 512`.
             modality: what the vectors are embeddings of; among very many images texts must look further.
 
         Raises: UsageError when k is below 1 or beyond the index, or `where` is no condition; FingerprintError when the
@@ -481,6 +491,10 @@ class ImageIndex:
     def source(self, id_: str) -> str:
         """Where an image came from. Raises: UsageError for an unknown id."""
         return self.sources([id_])[0]
+
+    def metadata(self, ids: Sequence[str]) -> list[dict[str, Value]]:
+        """What is known of the images beside their sources, by name. Raises: UsageError for an unknown id."""
+        return catalog.metadata(self._store, ids)
 
     def preview(self, id_: str) -> Image.Image | None:
         """A picture of at most 64 pixels, None when the image was added without. Raises: UsageError for an unknown id."""

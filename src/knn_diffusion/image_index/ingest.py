@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from knn_diffusion import images as pictures
+from knn_diffusion.image_index.metadata_table import Matched
 from knn_diffusion.images import SourceImage
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES
@@ -43,6 +44,8 @@ class AddReport:
     skipped: list[Skipped] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     """Ids of the images added, in their order."""
+    unmatched_rows: int = 0
+    """Rows of the tables of metadata that tell of none of the images, or of several."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,8 +93,9 @@ def embed(
 class Writer:
     """What becomes of images on its way into the store, saved many at a time."""
 
-    def __init__(self, store: Store) -> None:
-        self.report = AddReport()
+    def __init__(self, store: Store, told: Matched | None = None) -> None:
+        self._told = told or Matched(metadata={})
+        self.report = AddReport(unmatched_rows=self._told.unmatched)
         self._store = store
         self._ready: dict[str, Row] = {}
 
@@ -116,7 +120,8 @@ class Writer:
         if not ready:
             return
         vectors, thumbnails = np.stack([row.vector for row in ready]), np.stack([row.thumbnail for row in ready])
-        added = self._store.append([row.item for row in ready], vectors, thumbnails, [row.preview for row in ready])
+        items = [replace(row.item, metadata=self._told.metadata.get(row.item.source, {})) for row in ready]
+        added = self._store.append(items, vectors, thumbnails, [row.preview for row in ready])
         self.report.added += int(added.sum())
         self.report.already_present += int((~added).sum())
         ids = (self._store.id_of_content(row.item.content) for row, new in zip(ready, added, strict=True) if new)

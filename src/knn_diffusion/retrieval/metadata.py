@@ -87,14 +87,18 @@ def read_metadata(live: LiveState, records: Sequence[int]) -> dict[int, dict[str
 
 
 def metadata_kinds(live: LiveState) -> dict[str, type[Value]]:
-    """The type that holds all values of each name: bool, int, float, or str where they have nothing else in common."""
+    """The type that holds all values of each name in use: bool, int, float, or str where they have nothing else in common."""
     if not live.metadata_names:
         return {}
     sql = "SELECT key, type FROM metadata, json_each(metadata.facts) GROUP BY key, type"
     types: dict[str, set[str]] = {name: set() for name in live.metadata_names}
     for name, kind in live.query(sql):
-        types[name].add(kind)
-    return {name: next(held for held, within in _HELD.items() if found <= within) for name, found in types.items()}
+        types.get(name, set()).add(kind)  # a damaged name is found where the image is read
+    return {
+        name: next((held for held, within in _HELD.items() if found <= within), str)
+        for name, found in types.items()
+        if found
+    }
 
 
 def checked(metadata: Mapping[str, Any]) -> dict[str, Value]:

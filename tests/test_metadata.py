@@ -17,6 +17,7 @@ from store_world import TOY, batch, id_of
 
 from knn_diffusion.errors import StoreError, UsageError
 from knn_diffusion.retrieval.metadata import column_names
+from knn_diffusion.retrieval.segments import CompactedError
 from knn_diffusion.retrieval.store import Item, Store
 
 FACTS: list[dict[str, Any]] = [
@@ -109,8 +110,8 @@ def test_what_cannot_be_metadata_is_refused_and_nothing_is_added(
 
 def test_a_name_is_the_same_in_any_case_and_keeps_its_first_spelling() -> None:
     with filled(None, [{"NSFW": 1}]) as store:
-        store.append(*described([{"nsfw": 2, "Order": 3}], first=5))
-        assert store.metadata(np.arange(2)) == [{"NSFW": 1}, {"NSFW": 2, "Order": 3}]
+        store.append(*described([{"nsfw": 2, "Order": 3}, {"ORDER": 4}], first=5))
+        assert store.metadata(np.arange(3)) == [{"NSFW": 1}, {"NSFW": 2, "Order": 3}, {"Order": 4}]
         assert matching(store, "nsfw >= 1") == [0, 1]
         assert matching(store, 'Nsfw > 1 AND "order" = 3') == [1]
 
@@ -163,6 +164,8 @@ def test_a_compaction_keeps_the_metadata_of_what_stays(tmp_path: Path) -> None:
         assert matching(store, "licence = 'CC0'") == []
         store.compact()
         assert store.metadata(np.arange(3)) == [FACTS[1], FACTS[3], FACTS[4]]
+        with pytest.raises(CompactedError):
+            store.metadata(np.arange(2), old)
         assert matching(store, "width > 600") == [1, 2]
         assert store.problems() == []
         assert store.live.query("SELECT row FROM metadata") == [(1,), (3,), (4,)]

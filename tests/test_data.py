@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -97,7 +98,11 @@ def test_a_cache_that_is_cut_short_is_made_again(folder: Path, tmp_path: Path) -
 
 def test_unreadable_images_are_left_out_and_listed(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.png").write_bytes(b"no image")
-    assert len(load_pixels([folder], SIZE, tmp_path / "cache").ids) == 2
+    said: list[str] = []
+    for _ in range(2):  # decoded, then found in the cache
+        assert len(load_pixels([folder], SIZE, tmp_path / "cache", notice=said.append).ids) == 2
+    assert said[0] == said[1]
+    assert re.fullmatch(r"skipped 1 of 3 pictures \(first: expected .*broken.png .*\); all in .*skipped.json", said[0])
     skipped = json.loads(next((tmp_path / "cache").rglob("skipped.json")).read_text())
     assert [one["key"] for one in skipped] == ["broken.png"]
 

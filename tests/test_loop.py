@@ -115,9 +115,9 @@ def test_time_slices_stop_early_and_say_so(tmp_path: Path) -> None:
 
 
 def test_a_second_run_never_overwrites_the_first(tmp_path: Path) -> None:
-    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    train(Line(), Points(), settings(), tmp_path, max_minutes=0.0, device="cpu")
     with pytest.raises(UsageError, match="already holds a run .* add --resume"):
-        train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+        train(Line(), Points(), settings(), tmp_path, device="cpu")
     with pytest.raises(UsageError, match="expected a folder for --output, .* is a file"):
         train(Line(), Points(), settings(), tmp_path / "metrics.jsonl", device="cpu")
 
@@ -126,7 +126,17 @@ def test_resuming_with_another_batch_size_is_refused_and_a_longer_run_is_not(tmp
     train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
     with pytest.raises(ConfigError, match="training.batch_size = 4, asked for 5"):
         train(Line(), Points(), settings(batch_size=5), tmp_path, resume=True, device="cpu")
-    assert train(Line(), Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu").step == 3
+    said: list[str] = []
+    longer = settings(num_steps=3, log_every=2)
+    assert train(Line(), Points(), longer, tmp_path, resume=True, device="cpu", notice=said.append).step == 3
+    assert said == ["training.num_steps was 2, is 3 now", "training.log_every was 1, is 2 now"]
+
+
+def test_a_complete_run_says_so(tmp_path: Path) -> None:
+    train(Line(), Points(), settings(num_steps=3), tmp_path, device="cpu")
+    with pytest.raises(UsageError, match=r"holds a complete run \(step 3 of 3\), its model lies in .*model: choose"):
+        train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    assert train(Line(), Points(), settings(num_steps=2), tmp_path, resume=True, device="cpu").finished
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,12 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def digest(self) -> str:
+        """A name of the pictures and of which captions they share."""
+        found = hashlib.sha256(np.ascontiguousarray(self.pixels).data)
+        found.update(np.ascontiguousarray(self.caption_rows).data)
+        return found.hexdigest()
+
     def batch(self, indices: Int[Tensor, "batch"], generator: torch.Generator) -> Batch:
         """`pixels`, the `sentences` of one caption of each, and `also_true` as `contrastive_loss` wants it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -54,10 +54,27 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next(iter(_newest_first(folder)), None)
 
 
+def planned_steps(checkpoint: Path) -> tuple[int, int] | None:
+    """The step a checkpoint was written after and those of its whole run, None when it does not tell."""
+    try:
+        facts = read_mapping(checkpoint / _FACTS)
+        return int(facts["step"]), int(facts["settings"]["training"]["num_steps"])
+    except (ConfigError, KeyError, TypeError, ValueError):
+        return None
+
+
 def load_checkpoint(
-    folder: Path, *, modules: nn.Module, average: nn.Module, optimizers: Optimizers, settings: Settings
+    folder: Path,
+    *,
+    modules: nn.Module,
+    average: nn.Module,
+    optimizers: Optimizers,
+    settings: Settings,
+    notice: Callable[[str], None] | None = None,
 ) -> int:
     """Restore the newest sound checkpoint; a damaged one is passed over for the one before it.
+
+    Args: notice: told a line for each setting that may change and did.
 
     Returns: the step it was written after.
 
@@ -75,7 +92,9 @@ def load_checkpoint(
         except (CheckpointError, ConfigError) as error:
             problems.append(str(error))
             continue
-        _same_run(stored, settings, candidate)
+        for line in _changes(stored, settings, candidate):
+            if notice is not None:
+                notice(line)
         apply_weights(modules, _under("modules.", tensors), str(candidate))
         apply_weights(average, _under("average.", tensors), str(candidate))
         for phase, optimizer in optimizers.items():
@@ -94,17 +113,23 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _same_run(stored: Settings, asked: Settings, place: Path) -> None:
+def _changes(stored: Settings, asked: Settings, place: Path) -> list[str]:
+    """A line for each setting that may change and did. Raises: ConfigError for one that may not."""
     before, now = _leaves(stored), _leaves(asked)
+    changes = []
     for name in [*now, *(name for name in before if name not in now)]:
         loop, _, setting = name.partition(".")
         may_change = loop == "training" and setting in _MAY_CHANGE
         newer = name not in before and now[name] in (False, 0)  # an option that came later, and is off
-        if not may_change and not newer and before.get(name) != now.get(name):
+        if newer or before.get(name) == now.get(name):
+            continue
+        if not may_change:
             raise ConfigError(
                 f"{place.name} was trained with {name} = {before.get(name)}, asked for {now.get(name)}: "
                 "resume with the old value or start another --output"
             )
+        changes.append(f"{name} was {before.get(name)}, is {now.get(name)} now")
+    return changes
 
 
 def _leaves(settings: Settings, prefix: str = "") -> dict[str, object]:

@@ -7,6 +7,7 @@ sees the same data after a resume and whatever the number of processes.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,10 +26,15 @@ from knn_diffusion.config import read_mapping
 from knn_diffusion.errors import ImageError, UsageError
 from knn_diffusion.image_index import content_digest
 from knn_diffusion.retrieval.segments import npy_bytes
+from knn_diffusion.training.checkpoints import latest_checkpoint
 
 Batch = Mapping[str, Tensor]
 Reporter = Callable[[str, int, int], None]
 """Called with what is being done, how many are done, and how many there are."""
+Notice = Callable[[str], None]
+"""Called with a line that a person should read."""
+
+PICTURES = "pictures.json"
 
 
 @runtime_checkable
@@ -69,10 +75,17 @@ class PixelSet:
     digest: str
 
 
-def load_pixels(sources: Sequence[str | Path], size: int, cache: Path, report: Reporter | None = None) -> PixelSet:
+def load_pixels(
+    sources: Sequence[str | Path],
+    size: int,
+    cache: Path,
+    report: Reporter | None = None,
+    notice: Notice | None = None,
+) -> PixelSet:
     """Every readable image under `sources` as size × size pixels, decoded once and memory-mapped from `cache`.
 
-    They are decoded again when a file has another size or time than before, or when the cache is incomplete. Images that cannot be read are left out and listed with their reasons in `skipped.json` beside the array.
+    They are decoded again when a file has another size or time than before, or when the cache is incomplete. Images that
+    cannot be read are left out and listed with their reasons in `skipped.json` beside the array; `notice` is told how many.
 
     Raises: UsageError when no image could be read.
     """
@@ -85,8 +98,36 @@ def load_pixels(sources: Sequence[str | Path], size: int, cache: Path, report: R
     if not _is_decoded(folder, stamps, size):
         _decode(found, size, folder, report, stamps)
     facts = read_mapping(folder / "done.json")
+    if notice is not None:
+        _tell_skipped(folder / "skipped.json", len(facts["ids"]), notice)
     array = np.memmap(folder / "pixels.u8", np.uint8, "r", shape=(len(facts["ids"]), size, size, 3))
     return PixelSet(array, facts["ids"], facts["sha256"])
+
+
+def keep_pictures(run: Path, digest: str, count: int) -> None:
+    """Remember in a run's folder which pictures it learns from, and hold a run that has begun to them.
+
+    Raises: UsageError when the run has a checkpoint and was begun with other pictures.
+    """
+    file = run / PICTURES
+    if file.is_file() and latest_checkpoint(run / "checkpoints") is not None:
+        before = read_mapping(file)
+        if before.get("sha256") != digest:
+            raise UsageError(
+                f"expected the {before.get('count')} pictures that {run} was begun with, got {count}, not the same: resume "
+                "with the --images of before, or choose another --output"
+            )
+        return
+    write_json(file, {"count": count, "sha256": digest})
+
+
+def _tell_skipped(file: Path, used: int, notice: Notice) -> None:
+    skipped = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    if skipped:
+        of = used + len(skipped)
+        notice(
+            " ".join(f"skipped {len(skipped)} of {of} pictures (first: {skipped[0]['reason']}); all in {file}".split())
+        )
 
 
 def _stamp(source: str) -> str:

@@ -36,7 +36,7 @@ from knn_diffusion.models.encoders import save_encoder
 from knn_diffusion.models.tokenizer import VQGAN
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.shapes import Condition
-from knn_diffusion.training.data import Batch, Reporter, load_pixels
+from knn_diffusion.training.data import Batch, Notice, Reporter, keep_pictures, load_pixels
 from knn_diffusion.training.loop import (
     Phase,
     Progress,
@@ -268,6 +268,7 @@ def train_denoiser(
     device: str = "auto",
     report: Reporter | None = None,
     watch: Callable[[Progress], None] | None = None,
+    notice: Notice | None = None,
 ) -> TrainingResult:
     """Algorithm 1 over a folder of images and an index: leaves a whole model in `output/model`.
 
@@ -275,15 +276,18 @@ def train_denoiser(
         sources: image folders, files or shards; usually the ones the index was built from.
         tokenizer: folder of a trained tokenizer; not needed with `init`.
         init: bundled name or folder of a model to go on from: its tokenizer is used, its denoiser's weights start the run.
+        notice: told in a line what was skipped, and what a resumed run asks for anew.
 
-    Raises: UsageError when there is neither a tokenizer nor a model to go on from, or the images are too few;
+    Raises: UsageError when there is neither a tokenizer nor a model to go on from, the images are too few, or a resumed run
+        was begun with others;
         FingerprintError when that model was trained with another encoder than the index.
     """
     check_output(output, resume)
     tokenizer_folder = _tokenizer_folder(tokenizer, init)
     parts, _ = load_tokenizer(tokenizer_folder)
     parts.to(choose_device(device))
-    pixels = load_pixels(sources, parts.config.image_size, output / "cache", report)
+    pixels = load_pixels(sources, parts.config.image_size, output / "cache", report, notice)
+    keep_pictures(output, pixels.digest, len(pixels.ids))
     data = prepare(pixels, index, parts, run.conditioning.k, output / "cache", report)
     training, validation = data.split(validation_count(len(data)))
     objective = DenoiserObjective(run, validation, parts, index.encoder.fingerprint)
@@ -291,7 +295,15 @@ def train_denoiser(
     if init is not None:
         objective.start_from(resolve_model(init))
     return train(
-        objective, training, run.training, output, resume=resume, max_minutes=max_minutes, device=device, watch=watch
+        objective,
+        training,
+        run.training,
+        output,
+        resume=resume,
+        max_minutes=max_minutes,
+        device=device,
+        watch=watch,
+        notice=notice,
     )
 
 

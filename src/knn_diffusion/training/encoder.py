@@ -30,9 +30,9 @@ from knn_diffusion.models.text_tower import SentenceEncoder, open_text_tower
 from knn_diffusion.randomness import derive_seed
 from knn_diffusion.training.captioned import CaptionedImages, folder_pairs, sticker_pairs
 from knn_diffusion.training.closed_form import fitted
-from knn_diffusion.training.data import Batch, Reporter
+from knn_diffusion.training.data import Batch, Notice, Reporter, keep_pictures
 from knn_diffusion.training.encoder_benchmark import PROBE_SIDE, EncoderBenchmark, sticker_benchmark
-from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, train
+from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, check_output, train
 
 BUNDLED_TEXT_TOWER = BUNDLES / "stickers" / "encoder" / TEXT_FOLDER
 
@@ -176,6 +176,7 @@ def train_encoder(
     device: str = "auto",
     report: Reporter | None = None,
     watch: Callable[[Progress], None] | None = None,
+    notice: Notice | None = None,
 ) -> TrainingResult:
     """Train a joint encoder on captioned pictures; leaves it in `output`/model.
 
@@ -184,9 +185,11 @@ def train_encoder(
     Args:
         sources: folders with captions.jsonl; without any, sticker scenes are drawn.
         init: bundled name or folder of a model whose encoder's weights start the run.
-    Raises: UsageError when a source has no captions; CheckpointError when `init` is of another shape or the text tower is
+        notice: told a line for each setting that a resumed run asks for anew.
+    Raises: UsageError when a source has no captions, or a resumed run was begun with other pictures; CheckpointError when `init` is of another shape or the text tower is
         missing; MissingDependencyError when the emoji font is missing.
     """
+    check_output(output, resume)
     size, seed = run.encoder.size, run.training.seed
     sentences = open_text_tower(BUNDLED_TEXT_TOWER if run.text_tower is None else Path(run.text_tower))
     sentences.tower.to(choose_device(device))
@@ -198,12 +201,21 @@ def train_encoder(
         pairs = sticker_pairs(
             sentences, cache, count=run.scenes, seed=seed, size=size, captions_each=each, report=report
         )
+    keep_pictures(output, pairs.digest(), len(pairs))
     objective = EncoderObjective(run, sentences, sticker_benchmark(size))
     if init is not None:
         trained = load_small_encoder(resolve_model(init) / "encoder")
         apply_weights(objective.small.image_tower, trained.network.image_tower.state_dict(), str(init))
     result = train(
-        objective, pairs, run.training, output, resume=resume, max_minutes=max_minutes, device=device, watch=watch
+        objective,
+        pairs,
+        run.training,
+        output,
+        resume=resume,
+        max_minutes=max_minutes,
+        device=device,
+        watch=watch,
+        notice=notice,
     )
     if not result.finished:
         return result

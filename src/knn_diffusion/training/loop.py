@@ -24,7 +24,7 @@ from knn_diffusion.config import config, require, to_dict
 from knn_diffusion.device import choose_device, choose_dtype
 from knn_diffusion.errors import TrainingError, UsageError
 from knn_diffusion.randomness import generator_for
-from knn_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from knn_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, planned_steps, save_checkpoint
 from knn_diffusion.training.data import Batch, Dataset
 from knn_diffusion.training.log import Log, open_log
 
@@ -156,6 +156,7 @@ def train(
     max_minutes: float | None = None,
     device: str = "auto",
     watch: Callable[[Progress], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> TrainingResult:
     """Train until `num_steps`, `max_minutes` or Ctrl-C; in every case a checkpoint of the last whole step is left.
 
@@ -164,6 +165,7 @@ def train(
     Args:
         resume: go on from the newest sound checkpoint; a fresh start when there is none.
         watch: called after every step.
+        notice: told a line for each setting that a resumed run asks for anew.
 
     Raises: UsageError when `output` holds another run and `resume` is off; TrainingError when a loss is not finite.
     """
@@ -171,7 +173,7 @@ def train(
         raise TrainingError("expected images to train on, got none: check --images")
     check_output(output, resume)
     run = _prepare(objective, config, output, device)
-    _resume(run)
+    _resume(run, notice)
     started = time.monotonic()
     metrics: dict[str, float] = {}
     with _stop_on_interrupt() as interrupted, open_log(run.output, run.step) as log:
@@ -192,7 +194,7 @@ def train(
                 raise KeyboardInterrupt
             if late:
                 break
-    return TrainingResult(step=run.step, finished=run.step == config.num_steps, metrics=metrics)
+    return TrainingResult(step=run.step, finished=run.step >= config.num_steps, metrics=metrics)
 
 
 def check_output(output: Path, resume: bool) -> None:
@@ -204,6 +206,12 @@ def check_output(output: Path, resume: bool) -> None:
         raise UsageError(f"expected a folder for --output, {output} is a file: choose another name")
     newest = latest_checkpoint(output / "checkpoints")
     if newest is not None and not resume:
+        step, of = planned_steps(newest) or (0, 1)
+        if step >= of:
+            raise UsageError(
+                f"{output} already holds a complete run (step {step} of {of}), its model lies in {output / 'model'}: "
+                "choose another --output, or add --resume and a larger training.num_steps"
+            )
         raise UsageError(
             f"{output} already holds a run (at {newest.name}): add --resume to go on, or choose another --output"
         )
@@ -324,7 +332,7 @@ def _save(run: _Run) -> None:
     )
 
 
-def _resume(run: _Run) -> None:
+def _resume(run: _Run, notice: Callable[[str], None] | None) -> None:
     folder = run.output / "checkpoints"
     if latest_checkpoint(folder) is not None:
         run.step = load_checkpoint(
@@ -333,6 +341,7 @@ def _resume(run: _Run) -> None:
             average=run.average,
             optimizers=run.optimizers,
             settings=_settings(run),
+            notice=notice,
         )
 
 

@@ -22,7 +22,7 @@ from knn_diffusion.images import from_array, grid, pixels_from_uint8, uint8_from
 from knn_diffusion.model_folder import load_tokenizer, resolve_model
 from knn_diffusion.models.discriminator import PatchDiscriminator
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig, codebook_perplexity
-from knn_diffusion.training.data import Batch, PixelDataset, Reporter, load_pixels
+from knn_diffusion.training.data import Batch, Notice, PixelDataset, Reporter, keep_pictures, load_pixels
 from knn_diffusion.training.loop import (
     Phase,
     Progress,
@@ -192,16 +192,20 @@ def train_tokenizer(
     device: str = "auto",
     report: Reporter | None = None,
     watch: Callable[[Progress], None] | None = None,
+    notice: Notice | None = None,
 ) -> TrainingResult:
     """Train a tokenizer on image folders, files or shards; leaves it in `output/model`.
 
     Args:
         init: bundled name or folder of a model whose tokenizer's weights start the run.
+        notice: told in a line what was skipped, and what a resumed run asks for anew.
 
-    Raises: UsageError when there are fewer than two readable images; CheckpointError when `init` is of another shape.
+    Raises: UsageError when there are fewer than two readable images, or a resumed run was begun with others; CheckpointError when `init` is of another shape.
     """
     check_output(output, resume)
-    pixels = load_pixels(sources, run.tokenizer.image_size, output / "cache", report).array
+    found = load_pixels(sources, run.tokenizer.image_size, output / "cache", report, notice)
+    keep_pictures(output, found.digest, len(found.ids))
+    pixels = found.array
     if len(pixels) < 2:
         raise UsageError(f"expected at least 2 images to train on, got {len(pixels)}: add images")
     cut = len(pixels) - min(512, max(1, len(pixels) // 50))
@@ -210,5 +214,13 @@ def train_tokenizer(
         objective.start_from(resolve_model(init) / "tokenizer")
     dataset = PixelDataset(pixels[:cut], mirror=True)
     return train(
-        objective, dataset, run.training, output, resume=resume, max_minutes=max_minutes, device=device, watch=watch
+        objective,
+        dataset,
+        run.training,
+        output,
+        resume=resume,
+        max_minutes=max_minutes,
+        device=device,
+        watch=watch,
+        notice=notice,
     )

@@ -23,10 +23,12 @@ from knn_diffusion.cli import app, main, spread_values
 from knn_diffusion.cli.configuration import chosen_run, merged, parse_changes
 from knn_diffusion.cli.draw import slug
 from knn_diffusion.cli.terminal import answer
+from knn_diffusion.cli.train import _watched
 from knn_diffusion.doctor import within
 from knn_diffusion.errors import UsageError
 from knn_diffusion.images import open_image, read_settings, square
 from knn_diffusion.retrieval.drift import Drift
+from knn_diffusion.training.loop import Progress as Step
 
 
 @pytest.fixture(scope="module")
@@ -369,6 +371,22 @@ def test_version_bounds() -> None:
     assert within("13.0", ">=12.3")
 
 
+def test_long_training_says_a_line_now_and_then_where_no_bar_can_be_drawn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("knn_diffusion.cli.terminal.time.monotonic", lambda: clock[0])
+    with _watched("denoiser") as told:
+        for number in range(41, 49):
+            clock[0] += 10.0
+            metrics = {"learning_rate": 0.1, "denoiser/loss": 1.25}
+            told["watch"](Step(step=number, num_steps=100, metrics=metrics, seconds=clock[0]))
+    assert capsys.readouterr().err.splitlines() == [
+        "training the denoiser: step 43 of 100, loss 1.25, about 10 min left",
+        "training the denoiser: step 46 of 100, loss 1.25, about 9 min left",
+    ]
+
+
 def test_images_may_follow_one_option() -> None:
     spread = spread_values(["train", "tokenizer", "--images", "a", "b", "--output", "o", "--images", "c"])
     assert spread == ["train", "tokenizer", "--images", "a", "--images", "b", "--output", "o", "--images", "c"]
@@ -473,11 +491,21 @@ def test_a_denoiser_trains_from_a_file_goes_on_and_draws(
     command = ["train", "denoiser", "--config", tmp_path / "run.json", "--images", pictures, "--index", index]
     command += ["--tokenizer", model / "tokenizer", "--output", tmp_path / "run", "--device", "cpu", "--json"]
     fails(run(*command, "--set", "training.no_such=1"), 2, "training.no_such")
-    first = run(*command, "--max-minutes", 0)
+    fails(run(*command, "--max-minutes", 0), 2, "expected --max-minutes above 0, got 0: give minutes")
+    first = run(*command, "--max-minutes", 1e-6)
     assert (first.code, first.json["finished"], first.json["step"]) == (0, False, 1), first.err
     fails(run(*command), 2, "--resume")
-    second = run(*command, "--resume")
+    others = draw_pictures(tmp_path / "others")
+    (others / "red-bar.png").unlink()
+    refused = [other if other is not pictures else others for other in command]
+    fails(run(*refused, "--resume"), 2, f"expected the 12 pictures that {tmp_path / 'run'} was begun with, got 11")
+    second = run(*command, "--resume", "--set", "training.learning_rate=0.002")
+    assert second.err == "training.learning_rate was 0.001, is 0.002 now\n"
     assert (second.json["finished"], second.json["step"]) == (True, 9)
+    fails(run(*command), 2, "already holds a complete run (step 9 of 9), its model lies in")
+    people = [one for one in command if one != "--json"]
+    again = run(*people, "--resume", "--set", "training.num_steps=8")
+    assert again.out.startswith(f"denoiser in {tmp_path / 'run' / 'model'}, complete at step 9")
     drawn = run(
         "generate", "a cat", "--model", second.json["model"], "--index", index, "--output", tmp_path / "o", "--json"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from knn_diffusion.errors import UsageError
 from knn_diffusion.progress import Progress
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+QUIET_SECONDS = 30.0
+"""Where no bar can be drawn, long work says a line at most so often."""
 
 
 def say(message: str) -> None:
@@ -52,6 +56,19 @@ def progress() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield show
+
+
+def seldom() -> Callable[[], bool]:
+    """Whether it is time for a line: never on a terminal, which has bars, elsewhere once in `QUIET_SECONDS`."""
+    said = [time.monotonic()]
+
+    def due() -> bool:
+        if sys.stderr.isatty() or time.monotonic() - said[0] < QUIET_SECONDS:
+            return False
+        said[0] = time.monotonic()
+        return True
+
+    return due
 
 
 def new_folder(asked: Path | None) -> Path:

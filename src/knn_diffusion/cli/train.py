@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knn_diffusion.cli.configuration import chosen_run
-from knn_diffusion.cli.terminal import JsonOption, answer, progress
+from knn_diffusion.cli.terminal import JsonOption, answer, progress, say, seldom
 from knn_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,20 @@ SetOption = Annotated[
 ]
 InitOption = Annotated[str | None, typer.Option("--init", help="Bundled name or model folder to go on from.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")]
-MinutesOption = Annotated[float | None, typer.Option("--max-minutes", help="Stop after a checkpoint at this time.")]
+
+
+def _above_zero(minutes: float | None) -> float | None:
+    if minutes is not None and not minutes > 0:
+        raise UsageError(
+            f"expected --max-minutes above 0, got {minutes:g}: give minutes, or leave it out to train to the end"
+        )
+    return minutes
+
+
+MinutesOption = Annotated[
+    float | None,
+    typer.Option("--max-minutes", help="Stop after a checkpoint at this time.", callback=_above_zero),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
 
 
@@ -149,13 +162,31 @@ def _required(images: list[str] | None) -> list[str]:
 
 @contextmanager
 def _watched(part: str) -> Iterator[dict[str, Any]]:
-    """The two callbacks of a training function: one for the preparation, one for the steps."""
+    """The callbacks of a training function: one for the preparation, one for the steps, one for lines to read."""
+    due, first = seldom(), 0
     with progress() as show:
 
-        def watch(step: Step) -> None:
-            show(f"training the {part}", step.step, step.num_steps)
+        def report(what: str, done: int, total: int) -> None:
+            show(what, done, total)
+            if due():
+                say(f"{what}: {done:,} of {total:,}")
 
-        yield {"report": show, "watch": watch}
+        def watch(step: Step) -> None:
+            nonlocal first
+            first = first or step.step
+            show(f"training the {part}", step.step, step.num_steps)
+            if due():
+                say(step_line(part, step, step.step - first + 1))
+
+        yield {"report": report, "watch": watch, "notice": say}
+
+
+def step_line(part: str, step: Step, made: int) -> str:
+    """How far training is; `made` steps took the seconds so far."""
+    losses = [f", loss {value:.4g}" for name, value in step.metrics.items() if name.endswith("/loss")]
+    minutes = step.seconds / made * (step.num_steps - step.step) / 60
+    left = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
+    return f"training the {part}: step {step.step:,} of {step.num_steps:,}{''.join(losses[:1])}, {left} left"
 
 
 def _report(part: str, output: Path, result: TrainingResult, as_json: bool) -> None:
@@ -169,7 +200,8 @@ def _report(part: str, output: Path, result: TrainingResult, as_json: bool) -> N
     }
 
     def lines() -> Iterator[str]:
-        yield f"{part} in {model}, step {result.step}{'' if result.finished else ': go on with --resume'}"
+        state = f"complete at step {result.step}" if result.finished else f"step {result.step}: go on with --resume"
+        yield f"{part} in {model}, {state}"
         yield from (f"  {name}: {value:.4g}" for name, value in result.metrics.items())
 
     answer(found, as_json, lines)

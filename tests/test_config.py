@@ -42,10 +42,17 @@ def test_a_configuration_is_frozen_and_takes_names_only() -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"name": "a", "colour": 1}, "file: colour: .*, got 1: see Outer"),
-        ({"name": "a", "inner": {"sise": 1}}, r"file: inner\.sise: "),
-        ({}, "file: name: .*required"),
-        ({"name": "a", "inner": {"size": "many"}}, r"file: inner\.size: .*, got 'many'"),
+        (
+            {"name": "a", "colour": 1},
+            r"file: expected a setting \(name, pair, inner\), got colour: choose one of them",
+        ),
+        ({"name": "a", "size": 1}, r"got size: did you mean inner\.size\?"),
+        (
+            {"name": "a", "inner": {"sise": 1}},
+            r"file: expected a setting of inner \(size\), got inner\.sise: did you mean inner\.size\?",
+        ),
+        ({}, "file: name: .*required: add it"),
+        ({"name": "a", "inner": {"size": "many"}}, r"file: inner\.size: .*, got 'many': change it"),
         ({"name": "a", "inner": {"size": 0}}, "size must be at least 1, got 0: change size"),
     ],
 )

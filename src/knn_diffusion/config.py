@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from knn_diffusion.errors import ConfigError
 
@@ -38,11 +39,27 @@ def from_dict(cls: type[T], values: Any, source: str = "configuration") -> T:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or cls.__name__
-        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
-        raise ConfigError(
-            f"{source}: {place}: {first['msg'].lower()}{got}: see {cls.__name__} for its fields"
-        ) from None
+        path = [str(part) for part in first["loc"]]
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConfigError(f"{source}: {_unknown(cls, path)}") from None
+        place = ".".join(path) or cls.__name__
+        cure = ": add it" if first["type"] == "missing" else f", got {first['input']!r}: change it"
+        raise ConfigError(f"{source}: {place}: {first['msg'].lower()}{cure}") from None
+
+
+def _unknown(cls: type, path: list[str]) -> str:
+    """What could have been meant by a setting that does not exist: the names of its section, and the closest."""
+    for part in path[:-1]:
+        hint = get_type_hints(cls).get(part, cls)
+        cls = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), cls)  # type: ignore[assignment]
+    names, section = [one.name for one in fields(cls)], ".".join(path[:-1])
+    close = [".".join([*path[:-1], one]) for one in get_close_matches(path[-1], names, 1)]
+    if not close:  # the right name, without its section
+        hints = get_type_hints(cls).items()
+        close = [f"{name}.{path[-1]}" for name, hint in hints if path[-1] in getattr(hint, "__dataclass_fields__", ())]
+    cure = f"did you mean {' or '.join(close)}?" if close else "choose one of them"
+    place = ".".join(path)
+    return f"expected a setting{f' of {section}' if section else ''} ({', '.join(names)}), got {place}: {cure}"
 
 
 def to_dict(value: Any) -> dict[str, Any]:

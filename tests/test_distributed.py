@@ -290,6 +290,16 @@ def test_an_address_where_nobody_answers_is_told_at_once(monkeypatch: pytest.Mon
         pass
 
 
+def test_a_cluster_that_cannot_be_joined_is_told_in_plain_words() -> None:
+    def init(*_: object, **__: object) -> None:
+        raise ValueError("no such address")
+
+    ray = SimpleNamespace(init=init, _private=SimpleNamespace(worker=SimpleNamespace()))
+    text = r"expected a Ray cluster at nonsense, none could be joined \(no such address\): give the host:port"
+    with pytest.raises(KnnDiffusionError, match=text):
+        distributed._start(ray, "nonsense", "")
+
+
 def test_workers_that_take_a_gpu_put_the_encoder_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_imported", lambda: SimpleNamespace(get=lambda reference: reference))
     moved: list[str] = []

@@ -6,6 +6,8 @@ import torch
 
 from knn_diffusion.errors import UsageError
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """The named device; "auto" is the first GPU if there is one, else the CPU.
@@ -18,9 +20,10 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        known = name.partition(":")[0] in DEVICES
+        reason = f"{name!r} ({str(error).splitlines()[0]})" if known else repr(name)
         raise UsageError(
-            f"expected a device that is here (cpu, cuda, cuda:1, …), got {name!r} ({reason}): use --device auto"
+            f"expected a device that is here ({', '.join(DEVICES)}), got {reason}: use --device auto"
         ) from None
     return device
 

@@ -196,9 +196,13 @@ def _start(ray: Any, address: str | None, folder: str) -> None:
             else:
                 ray.init(address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
+        if address is None:
+            raise KnnDiffusionError(
+                f"expected Ray to start on this machine, it did not ({_reason(error)}): see that memory and disk are free"
+            ) from None
         raise KnnDiffusionError(
-            f"expected Ray {f'at {address}' if address else 'to start on this machine'}, it does not ({_reason(error)}): "
-            "see that the cluster runs the same versions of Ray and Python, or that this machine has memory and disk to spare"
+            f"expected a Ray cluster at {address}, none could be joined ({_reason(error)}): give the host:port of a cluster with "
+            "the same Ray and Python, or no address to work on this machine"
         ) from None
 
 

@@ -68,6 +68,7 @@ def _package(requirement: str, extra: str | None) -> Finding:
         re.split(r"(?=[<>=!~])", requirement, maxsplit=1) if re.search("[<>=!~]", requirement) else (requirement, "")
     )
     cure = f"pip install 'knn-diffusion[{extra}]'" if extra else f"pip install '{requirement}'"
+    name = name.partition("[")[0]
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -24,9 +24,10 @@ from knn_diffusion.cli.configuration import chosen_run, merged, parse_changes
 from knn_diffusion.cli.draw import slug
 from knn_diffusion.cli.terminal import answer
 from knn_diffusion.cli.train import _watched
-from knn_diffusion.doctor import within
+from knn_diffusion.doctor import _package, within
 from knn_diffusion.errors import UsageError
 from knn_diffusion.images import open_image, read_settings, square
+from knn_diffusion.retrieval.dedup import DedupConfig
 from knn_diffusion.retrieval.drift import Drift
 from knn_diffusion.training.loop import Progress as Step
 
@@ -166,10 +167,17 @@ def test_edit_writes_images_and_strength_0_keeps_the_pixels(
         (["paint"], 2, "paint"),
         (["dataset"], 2, "Missing command"),
         (["index"], 2, "Missing command"),
-        (["index", "build", "a", "--output", "i", "--ray-address", "auto"], 2, "expected --ray beside --ray-address"),
+        (
+            ["index", "build", "a", "--output", "i", "--ray-address", "auto"],
+            2,
+            "expected --ray with --ray-address, got",
+        ),
+        (["index", "build", "a", "--output", "i", "--ray-gpus", "1"], 2, "got --ray-gpus alone: add --ray"),
         (["train", "tokenizer", "--preset", "stickers-cpu", "--output", "run"], 2, "add --images"),
         (["train", "denoiser", "--init", "stickers", "--index", "i", "--output", "run"], 2, "add --images"),
         (["generate", "a cat", "--colour"], 2, "--colour"),
+        (["generate", "a cat", "--exclude", "nosuch"], 2, "expected the id of an image in"),
+        (["generate", "a cat", "--device", "tpu"], 2, "(auto, cpu, cuda, mps), got 'tpu': use --device auto"),
     ],
 )
 def test_failures_are_one_line_and_an_exit_code(
@@ -282,6 +290,37 @@ def test_index_search_wants_exactly_one_query(run: Any, index: Path, pictures: P
     fails(run("index", "search", index, "--text", "a cat", "--image", pictures / "red-bar.png"), 2, "--text or --image")
 
 
+def test_an_index_smaller_than_the_usual_k_gives_all_it_has(
+    run: Any, model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    two = sorted(pictures.iterdir())[:2]
+    assert run("index", "build", *two, "--output", small, "--encoder", model / "encoder").code == 0
+    command = ("generate", "a cat", "--model", model, "--index", small)
+    ran = run(*command, "--output", tmp_path / "one")
+    assert (ran.code, ran.err) == (0, "the index holds 2 images: -k is 2, not the model's 3\n")
+    ran = run(*command, "--output", tmp_path / "two", "--json")
+    assert (ran.json["k"], ran.err) == (2, "")
+    fails(run(*command, "-k", 3, "--output", tmp_path / "three"), 2, "k must be between 1 and 2")
+    search = ("index", "search", small, "--text", "a cat")
+    ran = run(*search)
+    assert (len(ran.out.splitlines()), ran.err) == (2, "the index holds 2 images: -k is 2, not 10\n")
+    assert run(*search, "--json").err == ""
+    fails(run(*search, "-k", 10), 2, "k must be between 1 and 2")
+
+
+def test_index_info_says_size_rule_and_whether_it_changes(run: Any, index: Path, tmp_path: Path) -> None:
+    with ImageIndex.open(index) as opened:
+        opened.save(tmp_path / "sealed", sealed=True)
+        opened.set_rule(DedupConfig(cosine=0.93, manhattan=2.0))
+    told = run("index", "info", index).out
+    assert re.search(r"^bytes: [\d,]+ \([\d.]+ kB\)$", told, re.M)
+    assert "copies: cosine above 0.93 or small pictures within 2 levels\n" in told
+    assert "read_only: False (images can be added and removed)\n" in told
+    assert "read_only: True (additions and removals are refused)\n" in run("index", "info", tmp_path / "sealed").out
+    assert run("index", "info", index, "--json").json["read_only"] is False
+
+
 def test_index_failures(run: Any, index: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
     encoder = ("--encoder", model / "encoder")
     fails(run("index", "build", pictures, "--output", index, *encoder), 2, str(index.name))
@@ -362,6 +401,11 @@ def test_doctor_says_what_is_there(run: Any) -> None:
     assert found["python"]["status"] == "ok"
     assert "draws in" in found["device"]["found"]
     assert ran.code == (0 if ran.json["ok"] else 1)
+
+
+def test_an_extra_in_a_requirement_is_not_part_of_the_name() -> None:
+    found = _package("pytest[dev]>=1", "dev")
+    assert (found.name, found.status) == ("pytest", "ok")
 
 
 def test_version_bounds() -> None:

@@ -130,6 +130,16 @@ def test_what_exclusion_leaves_short_is_said(pipe: KnnDiffusion) -> None:
     assert out.neighbors.ids == everything[:1]
 
 
+def test_a_k_that_nobody_gave_is_at_most_what_the_index_holds(pipe: KnnDiffusion) -> None:
+    small = pipe.index.overlay()
+    small.remove(small.ids[2:])
+    few = KnnDiffusion(pipe.model, small, device="cpu")
+    out = few("a cat")
+    assert (out.k, out.shortfall, len(out.neighbors)) == (2, 0, 2)
+    with pytest.raises(UsageError, match="k must be between 1 and 2"):
+        few("a cat", k=3)
+
+
 def test_the_query_weight_mixes_the_neighbors_mean_into_the_query(pipe: KnnDiffusion) -> None:
     default = pixels(pipe("a cat", num_images_per_prompt=8).images)
     paper, mean = (pixels(pipe("a cat", num_images_per_prompt=8, query_weight=one).images) for one in (1.0, 0.0))

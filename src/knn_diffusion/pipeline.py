@@ -141,13 +141,17 @@ class KnnDiffusion:
         Returns: one Output for one prompt, a list of them for a list.
         Raises: UsageError for a prompt or option that cannot be carried out.
         """
-        request = check_request(
-            settings, sampler=self.model.sampler, k=self.model.k, query_weight=self.model.query_weight
-        )
+        request = self._request(settings)
         if not isinstance(prompt, list | tuple):
             return self.generate(check_prompt(prompt), request)
         prompts = [check_prompt(one) for one in prompt]
         return [self.generate(one, request) for one in prompts]
+
+    def _request(self, settings: Settings) -> Request:
+        """The checked settings; a k that nobody gave is at most what the index holds."""
+        model = self.model
+        k = min(model.k, max(1, len(self._index))) if self._index is not None else model.k
+        return check_request(settings, sampler=model.sampler, k=k, query_weight=model.query_weight)
 
     def generate(self, prompt: str, request: Request) -> Output:
         """Algorithm 2."""
@@ -170,9 +174,7 @@ class KnnDiffusion:
         Raises: UsageError for a prompt or option that cannot be carried out.
         """
         started = time.monotonic()
-        request = check_request(
-            settings, sampler=self.model.sampler, k=self.model.k, query_weight=self.model.query_weight
-        )
+        request = self._request(settings)
         if not 0 <= strength <= 1:
             raise UsageError(f"expected strength from 0 to 1, got {strength}: 0 leaves the image, 1 starts anew")
         reference = square(open_image(image), self.image_size)

@@ -40,7 +40,7 @@ class Settings(TypedDict, total=False):
     num_images_per_prompt: int
     """Images for each prompt, 1 by default."""
     k: int
-    """Neighbors to retrieve; 0 draws from the text's embedding alone."""
+    """Neighbors to retrieve; 0 draws from the text's embedding alone. Left out, it is at most what the index holds."""
     guidance_scale: float
     """λ of Sec. 3.2: 0 ignores the prompt, 1 follows it, more exaggerates; the paper uses 8."""
     num_inference_steps: int

@@ -18,24 +18,29 @@ if TYPE_CHECKING:
     from knn_diffusion.request import Output, Settings
 
 CONTACT_SHEET = "contact-sheet.png"
+MODELS_OWN = "the model's"
 
 ModelOption = Annotated[str, typer.Option("--model", help="Bundled name or model folder.")]
 IndexOption = Annotated[
     str | None, typer.Option("--index", help="Images to retrieve from, instead of the model's own.")
 ]
 ImagesOption = Annotated[int, typer.Option("--num-images", "-n", help="Images for each prompt.")]
-NeighborsOption = Annotated[int | None, typer.Option("-k", help="Neighbors to retrieve.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
+NeighborsOption = Annotated[int | None, typer.Option("-k", help="Neighbors to retrieve.", show_default=MODELS_OWN)]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps.", show_default=MODELS_OWN)]
 GuidanceOption = Annotated[
-    float | None, typer.Option("--guidance-scale", help="λ: 1 is no guidance, the paper uses 8.")
+    float | None,
+    typer.Option("--guidance-scale", help="λ: 1 is no guidance, the paper uses 8.", show_default=MODELS_OWN),
 ]
-SamplerOption = Annotated[str | None, typer.Option("--sampler", help="ancestral, halton or confidence.")]
+SamplerOption = Annotated[
+    str | None, typer.Option("--sampler", help="ancestral, halton or confidence.", show_default=MODELS_OWN)
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same pixels.")]
 ExcludeOption = Annotated[
     list[str] | None, typer.Option("--exclude", help="Id of an image not to retrieve; repeatable.")
 ]
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", help="New folder for the images.", show_default="output")
+    Path | None,
+    typer.Option("--output", help="New folder for the images.", show_default="output, then output-2, …"),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
 
@@ -68,7 +73,7 @@ def generate(
         check_prompt(prompt)
     made = []
     with progress() as show:
-        pipe = _load(model, index, device, show)
+        pipe = _load(model, index, device, exclude, show)
         for number, prompt in enumerate(prompts):
             asked = _settings(
                 show,
@@ -83,6 +88,7 @@ def generate(
             )
             result = pipe(prompt, **asked)
             made.append((result, _save(number, result, folder), [retrieved(pipe, result), drawn(result)]))
+    _say_fewer(pipe, k, made[0][0], as_json)
     _report(made, folder, as_json)
 
 
@@ -116,7 +122,7 @@ def edit(
     check_prompt(prompt)
     reference = open_image(image)
     with progress() as show:
-        pipe = _load(model, index, device, show)
+        pipe = _load(model, index, device, exclude, show)
         asked = _settings(
             show,
             prompt,
@@ -131,16 +137,25 @@ def edit(
         result = pipe.edit(reference, prompt, strength, **asked)
         row = [[("edited", reference)], retrieved(pipe, result), drawn(result)]
         made = [(result, _save(0, result, folder), row)]
+    _say_fewer(pipe, k, result, as_json)
     _report(made, folder, as_json)
 
 
-def _load(model: str, index: str | None, device: str, show: Progress) -> KnnDiffusion:
+def _load(model: str, index: str | None, device: str, exclude: list[str] | None, show: Progress) -> KnnDiffusion:
     from knn_diffusion.pipeline import KnnDiffusion
 
     show("loading the model", 0, 1)
     pipe = KnnDiffusion.from_pretrained(model, index=index, device=device)
     show("loading the model", 1, 1)
+    if exclude:
+        pipe.index.sources(exclude)  # an unknown id is an error
     return pipe
+
+
+def _say_fewer(pipe: KnnDiffusion, k: int | None, output: Output, as_json: bool) -> None:
+    """A line where the index is too small for the model's own k."""
+    if k is None and output.k < pipe.model.k and not as_json:
+        say(f"the index holds {output.k} images: -k is {output.k}, not the model's {pipe.model.k}")
 
 
 def _settings(show: Progress, prompt: str, **asked: Any) -> Settings:

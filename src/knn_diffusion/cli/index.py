@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from knn_diffusion.retrieval.plan import Plan
 
 SKIPPED_SHOWN = 10
+SEARCHED = 10
 
 app = typer.Typer(help="Build, change and search the images a model retrieves from.")
 
@@ -124,8 +125,30 @@ def info(index: IndexArgument, *, as_json: JsonOption = False) -> None:
     """
     from knn_diffusion.image_index import ImageIndex
 
-    found = ImageIndex.open(index, read_only=True).info()
-    answer(found, as_json, lambda: (f"{name}: {value}" for name, value in found.items()))
+    with ImageIndex.open(index) as opened:
+        found = opened.info()
+
+    def lines() -> Iterator[str]:
+        size, rule, fixed = found["bytes"], found["dedup"], found["read_only"]
+        yield from (f"{name}: {found[name]}" for name in ("count", "dim", "encoder", "fingerprint", "engine"))
+        yield f"bytes: {size:,} ({readable(size)})"
+        yield f"copies: {rule_in_words(rule['cosine'], rule['manhattan'])}"
+        yield f"read_only: {fixed} ({'additions and removals are refused' if fixed else 'images can be added and removed'})"
+
+    answer(found, as_json, lines)
+
+
+def readable(size: int) -> str:
+    """Bytes in the largest decimal unit of which there is one."""
+    units = [(10**9, "GB"), (10**6, "MB"), (10**3, "kB")]
+    return next((f"{size / unit:.1f} {name}" for unit, name in units if size >= unit), f"{size} bytes")
+
+
+def rule_in_words(cosine: float | None, manhattan: float | None) -> str:
+    """When two images of a list count as the same."""
+    rules = [f"cosine above {cosine:g}"] if cosine is not None else []
+    rules += [f"small pictures within {manhattan:g} levels"] if manhattan is not None else []
+    return " or ".join(rules) or "never left out"
 
 
 @app.command()
@@ -148,7 +171,7 @@ def search(
     *,
     text: Annotated[str | None, typer.Option("--text", help="Find images that fit this text.")] = None,
     image: Annotated[Path | None, typer.Option("--image", help="Find images that look like this one.")] = None,
-    k: Annotated[int, typer.Option("-k", help="How many.")] = 10,
+    k: Annotated[int | None, typer.Option("-k", help="How many.", show_default=f"{SEARCHED}, or all there are")] = None,
     where: Annotated[
         str | None, typer.Option("--where", metavar="CONDITION", help='Only those, such as "width >= 512".')
     ] = None,
@@ -163,6 +186,10 @@ def search(
     if (text is None) == (image is None):
         raise UsageError("expected --text or --image, exactly one of them: name what to search by")
     opened = ImageIndex.open(index, read_only=True)
+    if k is None:
+        k = max(1, min(SEARCHED, len(opened)))
+        if k < SEARCHED and not as_json:
+            say(f"the index holds {len(opened)} images: -k is {k}, not {SEARCHED}")
     if text is not None:
         found = opened.search_text(text, k, where=where)
     else:
@@ -192,7 +219,8 @@ def _spread(ray: bool, address: str | None, gpus: float) -> RayConfig | None:
     from knn_diffusion.image_index import RayConfig
 
     if not ray and (address or gpus):
-        raise UsageError("expected --ray beside --ray-address and --ray-gpus, it is not there: add it")
+        alone = "--ray-address" if address else "--ray-gpus"
+        raise UsageError(f"expected --ray with {alone}, got {alone} alone: add --ray, or leave {alone} out")
     return RayConfig(address=address, gpus_per_worker=gpus) if ray else None
 
 

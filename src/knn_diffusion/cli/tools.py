@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from knn_diffusion.cli.draw import MODELS_OWN
 from knn_diffusion.cli.terminal import JsonOption, answer, new_folder, progress
 
 dataset_app = typer.Typer(help="Make data sets.")
@@ -64,10 +65,11 @@ def evaluate(
     ] = None,
     num_prompts: Annotated[int, typer.Option("--num-prompts", help="Prompts the judge grades.")] = 200,
     num_distance: Annotated[int, typer.Option("--num-distance", help="Pictures on each side of a distance.")] = 1000,
-    k: Annotated[int | None, typer.Option("-k", help="Neighbors to retrieve.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    k: Annotated[int | None, typer.Option("-k", help="Neighbors to retrieve.", show_default=MODELS_OWN)] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.", show_default=MODELS_OWN)] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", help="λ of classifier-free guidance.")
+        float | None,
+        typer.Option("--guidance-scale", help="λ of classifier-free guidance.", show_default=MODELS_OWN),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Prompts and drawings follow from it.")] = 0,
     judge: Annotated[

@@ -323,16 +323,17 @@ def test_a_change_of_the_small_tables_is_refused_at_once(tmp_path: Path, change:
 
 
 def test_a_changed_item_or_preview_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    filled(tmp_path / "index", range(4)).close()
+    filled(tmp_path / "index", range(5)).close()
     raw = sqlite3.connect(tmp_path / "index" / "store.sqlite")
     raw.execute("UPDATE items SET source = 'elsewhere' WHERE row = 1")
     raw.execute("UPDATE items SET added_at = 5 WHERE row = 2")
+    raw.execute("UPDATE items SET content = 7, crc32 = NULL WHERE row = 4")
     raw.execute("UPDATE previews SET picture = x'00' WHERE row = 0")
     raw.execute("UPDATE previews SET row = 9 WHERE row = 3")
     raw.commit()
     raw.close()
     with Store.open(tmp_path / "index") as store:
-        for row in (1, 2):
+        for row in (1, 2, 4):
             with pytest.raises(StoreError, match=f"item {row} of store.sqlite is damaged: restore a copy or build"):
                 store.items(np.array([0, row, 3]))
         with pytest.raises(

@@ -70,6 +70,7 @@ def adding(data: Data, folder: Path, *, same_process: bool) -> dict[str, Any]:
         follower.start()
         beside, waits = _serve(retriever, data, vectors, writing, lambda: _unfinished(writing))
         follower.join()
+        retriever.prepare()  # waits for what is written in the background
     shutil.rmtree(work)
     if writing.error is not None:
         raise RuntimeError(writing.error)

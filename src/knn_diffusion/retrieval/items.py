@@ -51,8 +51,8 @@ class Item:
         return self.id, text(self.source), text(self.key), bytes.fromhex(self.content), added_at
 
 
-def item_line(facts: Facts) -> bytes:
-    """What digests of an item are taken over: its id, source, key, content and time."""
+def item_line(facts: Sequence[Any]) -> bytes:
+    """What digests of an item are taken over: its facts, which may be damaged ones of any type."""
     id_, source, key, content, added_at = facts
     digits = content.hex() if isinstance(content, bytes) else None
     return _JSON.encode([id_, source, key, digits, added_at]).encode()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from knn_diffusion.errors import ConfigError, UsageError
-from knn_diffusion.retrieval.cells import add_rows, cells_of, faiss_module, merged, search_cells, train_index
+from knn_diffusion.retrieval.cells import _nearest_cells, add_rows, faiss_module, merged, search_cells, train_index
 from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.plan import CELL_LAYOUTS, IndexConfig, Layout, Reach, code_bytes, plan_for
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
@@ -87,7 +87,7 @@ def test_many_cells_are_found_by_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = train_index("fast-scan", vectors, 64)
     monkeypatch.setattr("knn_diffusion.retrieval.cells.MANY_CELLS", 64)
     coded = train_index("fast-scan", vectors, 64)
-    expected, found = cells_of(flat, vectors[:200], 4), cells_of(coded, vectors[:200], 4)
+    expected, found = (_nearest_cells(one, vectors[:200], 4)[1] for one in (flat, coded))
     hits = [len(set(one) & set(other)) / 4 for one, other in zip(expected, found, strict=True)]
     assert np.mean(hits) > 0.95
 

@@ -135,11 +135,6 @@ def merged(first: Any, *others: Any) -> Any:
     return whole
 
 
-def cells_of(index: Any, vectors: Float32[np.ndarray, "rows dim"], count: int) -> Int[np.ndarray, "rows count"]:
-    """The `count` cells nearest to each vector, best first."""
-    return _nearest_cells(index, vectors, count)[1]
-
-
 def cell_distances(index: Any, vectors: Float32[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows"]:
     """1 - cosine of each unit vector with the centroid of its cell."""
     return 1 - _nearest_cells(index, vectors, 1)[0][:, 0]

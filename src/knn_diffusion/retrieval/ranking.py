@@ -241,6 +241,8 @@ def widened(stored: Float16[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "row
     Torch's threads would wait for more work while those of faiss want the processors: on two of them, with as many threads,
     a batch took twice as long as on one thread.
     """
+    if torch.get_num_threads() == 1:
+        return torch.from_numpy(stored).float().numpy()
     out = np.empty(stored.shape, np.float32)
     narrow, wide = torch.from_numpy(stored).view(-1), torch.from_numpy(out).view(-1)
     for start in range(0, len(narrow), _ONE_THREAD):
@@ -263,7 +265,7 @@ def ranked(
     queries = np.arange(len(units))[:, None]
     kept = np.broadcast_to(np.arange(proposed.shape[1]), proposed.shape)
     if proposed.shape[1] > count + SPARE:
-        rough = np.matmul(stored, units[:, :, None])[:, :, 0]
+        rough = np.einsum("qfd,qd->qf", stored, units)
         rough[proposed < 0] = -np.inf
         kept = np.argpartition(-rough, count + SPARE - 1, axis=1)[:, : count + SPARE]
         stored, proposed = stored[queries, kept], proposed[queries, kept]

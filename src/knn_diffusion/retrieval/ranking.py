@@ -263,7 +263,7 @@ def ranked(
     Returns: rows, their cosines, and their places among the proposed.
     """
     queries = np.arange(len(units))[:, None]
-    kept = np.broadcast_to(np.arange(proposed.shape[1]), proposed.shape)
+    kept = None
     if proposed.shape[1] > count + SPARE:
         rough = np.einsum("qfd,qd->qf", stored, units)
         rough[proposed < 0] = -np.inf
@@ -272,7 +272,7 @@ def ranked(
     exact = cosines(stored, units)
     exact[proposed < 0] = -np.inf
     order = np.lexsort((proposed, -exact))[:, :count]
-    return proposed[queries, order], exact[queries, order], kept[queries, order]
+    return proposed[queries, order], exact[queries, order], order if kept is None else kept[queries, order]
 
 
 def cosines(

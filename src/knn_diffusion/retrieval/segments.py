@@ -173,8 +173,8 @@ class Snapshot:
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         owners = self.firsts.searchsorted(ordered, side="right") - 1
-        starts = np.flatnonzero(np.diff(owners, prepend=-1))
-        for start, end in pairwise([*starts, len(rows)]):
+        starts = (1 + np.flatnonzero(owners[1:] != owners[:-1])).tolist()
+        for start, end in pairwise([0, *starts, len(rows)] if len(rows) else ()):
             segment = self.segments[owners[start]]
             yield order[start:end], ordered[start:end] - segment.first_row, segment
 

@@ -24,6 +24,7 @@ from jaxtyping import Float16, Float32, Int
 from torch import Tensor
 
 from knn_diffusion.checkpoint import write_json
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.cells import nearest_centroids, spherical_centroids
 from knn_diffusion.retrieval.engines import unit_vectors
 from knn_diffusion.retrieval.plan import IndexConfig, training_points
@@ -107,9 +108,7 @@ def _beside(output: Path) -> tuple[Path, Path]:
     return output.with_name(f".{output.name}.part"), output.with_name(f".{output.name}.json")
 
 
-def lay_out(
-    store: Store, snapshot: Snapshot, folder: Path | None, progress: Callable[[str, int, int], None] | None
-) -> CellLayout:
+def lay_out(store: Store, snapshot: Snapshot, folder: Path | None, progress: Progress | None) -> CellLayout:
     """Put every live row into its cell. Deterministic for the same store.
 
     Args:
@@ -151,7 +150,7 @@ def join_cells(
     device: torch.device,
     *,
     kept: UnfinishedTable | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Fill the table with places of each image's neighbors.
 

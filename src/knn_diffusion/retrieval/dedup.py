@@ -59,14 +59,7 @@ def duplicates(
         one, many: unit vectors.
         one_picture, many_pictures: 8×8 pictures in 0 … 255; a picture that is not known starts with -1.
     """
-    same = torch.zeros(many.shape[:2], dtype=torch.bool, device=many.device)
-    if rule.cosine is not None:
-        same |= torch.einsum("qd,qcd->qc", one, many) > rule.cosine
-    if rule.manhattan is not None:
-        known = (one_picture[:, :1] >= 0) & (many_pictures[:, :, 0] >= 0)
-        distance = (many_pictures - one_picture[:, None]).abs().sum(-1)
-        same |= known & (distance <= rule.manhattan * THUMBNAIL_VALUES)
-    return same
+    return _same(one[:, None], one_picture[:, None], many, many_pictures, rule)[:, 0]
 
 
 def first_different(
@@ -85,9 +78,7 @@ def first_different(
     places, there = _front(valid, k)
     chosen = torch.nn.functional.pad(torch.where(there, places, -1), (0, k - places.shape[1]), value=-1)
     if rule != OFF:
-        pairs = _same(
-            candidates.take_along_dim(places[:, :, None], 1), pictures.take_along_dim(places[:, :, None], 1), rule
-        )
+        pairs = _pairs(candidates, pictures, places, rule)
         repeats = (pairs & there[:, :, None] & there[:, None]).triu(1).flatten(1).any(1)
         some = repeats.nonzero()[:, 0]
         if len(some):
@@ -101,17 +92,32 @@ def _front(valid: Bool[Tensor, "queries candidates"], count: int) -> tuple[Tenso
     return places, valid.gather(1, places)
 
 
-def _same(
-    vectors: Float[Tensor, "queries some dim"], pictures: Int16[Tensor, "queries some values"], rule: DedupConfig
+def _pairs(
+    candidates: Float[Tensor, "queries candidates dim"],
+    pictures: Int16[Tensor, "queries candidates values"],
+    places: Int[Tensor, "queries some"],
+    rule: DedupConfig,
 ) -> Bool[Tensor, "queries some some"]:
-    """Which of a query's candidates show the same picture as which."""
-    same = torch.zeros(*vectors.shape[:2], vectors.shape[1], dtype=torch.bool, device=vectors.device)
+    """Which of the candidates at these places show the same picture as which."""
+    vectors, shown = candidates.take_along_dim(places[:, :, None], 1), pictures.take_along_dim(places[:, :, None], 1)
+    return _same(vectors, shown, vectors, shown, rule)
+
+
+def _same(
+    some: Float[Tensor, "queries some dim"],
+    some_pictures: Int16[Tensor, "queries some values"],
+    others: Float[Tensor, "queries others dim"],
+    other_pictures: Int16[Tensor, "queries others values"],
+    rule: DedupConfig,
+) -> Bool[Tensor, "queries some others"]:
+    """Which show the same picture as which of the others of their query."""
+    known = (some_pictures[:, :, None, 0] >= 0) & (other_pictures[:, None, :, 0] >= 0)
+    same = torch.zeros_like(known)
     if rule.cosine is not None:
-        same |= torch.bmm(vectors, vectors.transpose(1, 2)) > rule.cosine
-    known = pictures[:, :, 0] >= 0
+        same |= torch.bmm(some, others.transpose(1, 2)) > rule.cosine
     if rule.manhattan is not None and known.any():
-        distance = (pictures[:, :, None] - pictures[:, None]).abs().sum(-1)
-        same |= known[:, :, None] & known[:, None] & (distance <= rule.manhattan * THUMBNAIL_VALUES)
+        distance = (some_pictures[:, :, None] - other_pictures[:, None]).abs().sum(-1)
+        same |= known & (distance <= rule.manhattan * THUMBNAIL_VALUES)
     return same
 
 
@@ -124,8 +130,7 @@ def _by_pairs(
 ) -> Int[Tensor, "queries k"]:
     """From all pairs of about twice as many candidates as wanted; one by one where these are not enough."""
     places, there = _front(valid, 2 * k + 16)
-    vectors, shown = candidates.take_along_dim(places[:, :, None], 1), pictures.take_along_dim(places[:, :, None], 1)
-    pairs, gone = _same(vectors, shown, rule).cpu().numpy(), ~there.cpu().numpy()
+    pairs, gone = _pairs(candidates, pictures, places, rule).cpu().numpy(), ~there.cpu().numpy()
     for place in range(gone.shape[1]):
         stays = ~gone[:, place]
         gone |= pairs[:, place] & stays[:, None]

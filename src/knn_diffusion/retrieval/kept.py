@@ -191,7 +191,7 @@ class KeptIndex:
         try:
             self.folder.mkdir(exist_ok=True)
             lock.acquire()
-        except (OSError, NotImplementedError) as error:  # filelock's Timeout is an OSError
+        except (OSError, NotImplementedError) as error:  # waited too long, or a file system that knows no locks
             self.trouble = str(error)
             yield None
             return

@@ -19,6 +19,7 @@ from knn_diffusion.errors import KnnDiffusionError
 from knn_diffusion.retrieval import cell_engine, compaction, kept
 from knn_diffusion.retrieval.cell_engine import CellEngine
 from knn_diffusion.retrieval.dedup import OFF
+from knn_diffusion.retrieval.engines import Allowed
 from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.kept import KeptIndex, Shape, cache_problem
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
@@ -147,6 +148,7 @@ def test_an_older_snapshot_is_searched_beside_a_newer_one() -> None:
         retriever.prepare()
         add(store, range(400, 410))
         old, expected = store.snapshot(), by_hand(store)
+        assert found(retriever) == expected
         store.remove(["5", "402"])
         store.compact()
         for _ in range(2):
@@ -246,6 +248,22 @@ def test_what_was_purged_leaves_the_cells_in_the_background_when_it_is_much(
         retriever = LocalRetriever(store, EVERYWHERE, OFF)
         assert found(retriever, 40) == by_hand(store, 40)
         assert in_cells(retriever) == 230
+
+
+def test_a_snapshot_older_than_the_newest_rows_is_refused_instead_of_answered_short() -> None:
+    with filled(None) as store:
+        retriever = LocalRetriever(store, EVERYWHERE, OFF)
+        retriever.prepare()
+        add(store, range(400, 420))
+        old = store.snapshot()
+        store.remove([str(n) for n in range(400, 410)])
+        add(store, range(500, 520))
+        store.compact()
+        assert found(retriever, 40) == by_hand(store, 40)  # this brings the newest rows, without the purged
+        engine = retriever._engine
+        assert isinstance(engine, CellEngine)
+        with pytest.raises(CompactedError, match="take a new one"):
+            engine.candidates(QUERIES, 9, old, Allowed(old.alive, old.records), EVERYWHERE.image)
 
 
 def test_a_snapshot_older_than_what_left_the_cells_is_refused_instead_of_answered_short(

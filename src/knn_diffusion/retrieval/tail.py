@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int, Int64
 
 from knn_diffusion.retrieval.cells import faiss_module, threads_for
 from knn_diffusion.retrieval.engines import Allowed
-from knn_diffusion.retrieval.segments import Snapshot
+from knn_diffusion.retrieval.segments import CompactedError, Snapshot
 from knn_diffusion.retrieval.store import Store
 
 _SPARE = 8
@@ -37,16 +37,23 @@ class Tail:
     def __init__(self, store: Store, first_record: int) -> None:
         faiss, dim = faiss_module(), store.encoder.dim
         empty = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        self._store, self._lock = store, threading.Lock()
+        self._store, self._lock, self._first_record = store, threading.Lock(), first_record
         self._held = _Held(empty, np.zeros(0, np.int64), first_record)
 
     def candidates(
         self, queries: Float32[np.ndarray, "queries dim"], count: int, snapshot: Snapshot, allowed: Allowed
     ) -> Int[np.ndarray, "queries found"]:
-        """The nearest allowed rows of each query, at least `count`; -1 where fewer are there."""
+        """The nearest allowed rows of each query, at least `count`; -1 where fewer are there.
+
+        Raises: CompactedError when the snapshot shows rows that were purged before they came here.
+        """
         faiss, held = faiss_module(), self._up_to(snapshot)
         rows = snapshot.records.rows_of(held.records)
         rows[rows >= snapshot.num_rows] = -1
+        if np.count_nonzero(rows >= 0) < snapshot.num_rows - snapshot.records.row_from(self._first_record):
+            raise CompactedError(
+                "some of the newest images of an older snapshot were purged before they came here: take a new one and ask again"
+            )
         rows[rows >= 0] = np.where(allowed.mask[rows[rows >= 0]], rows[rows >= 0], -1)
         parameters = None
         if rows.min(initial=0) < 0:

@@ -289,7 +289,7 @@ def test_a_store_of_format_1_is_read_and_becomes_one_of_this_format_when_it_is_w
         expected = everything(store)
     raw = sqlite3.connect(tmp_path / "index" / "store.sqlite")
     raw.executescript(
-        "DROP TABLE purged; ALTER TABLE items DROP COLUMN crc32; UPDATE settings SET value = '1' WHERE name = "
+        "DROP TABLE purged; DROP TABLE blocks; ALTER TABLE items DROP COLUMN crc32; UPDATE settings SET value = '1' WHERE name = "
         "'format_version'; DELETE FROM settings WHERE name NOT IN ('format_version', 'encoder', 'sealed');"
     )
     raw.close()

@@ -67,7 +67,7 @@ class Stretch:
     @property
     def pictured(self) -> bool:
         """Whether the images have 8×8 pictures; they do or do not together."""
-        return self.segments[0].thumbnails_sha256 is not None
+        return self.segments[0].thumbnails is not None
 
     def pieces(self) -> list[Int[np.ndarray, "some"]]:
         """The rows of each new segment."""
@@ -84,7 +84,7 @@ def stretches(snapshot: Snapshot) -> list[Stretch]:
     found, group = list[Stretch](), list[Segment]()
     for segment in snapshot.segments:
         good = segment.num_rows >= SEGMENT_ROWS // 2 and not _removed(segment, snapshot)
-        alike = bool(group) and (segment.thumbnails_sha256 is None) == (group[0].thumbnails_sha256 is None)
+        alike = bool(group) and (segment.thumbnails is None) == (group[0].thumbnails is None)
         if group and (good or not alike):
             found.append(_stretch(tuple(group), snapshot))
             group = []
@@ -137,10 +137,10 @@ def _rewritten(store: Store, snapshot: Snapshot, stretch: Stretch, folder: Path 
     for rows in stretch.pieces():
         pictures = store.thumbnails(rows, snapshot)[0] if stretch.pictured else None
         lines = list(map(item_line, store.facts(rows, snapshot)))
-        segment = new_segment(lines, store.embeddings(rows, snapshot), pictures, folder)
+        segment = new_segment(lines, store.embeddings(rows, snapshot), pictures)
         segment.number = int(rows[0])  # of no other file in this folder
         if folder is not None:
-            segment.write()
+            segment.write(folder)
         made.append(segment)
     return made
 
@@ -156,7 +156,8 @@ def _publish(change: Transaction, snapshot: Snapshot, found: list[Stretch], made
     for segment in (segment for new in made for segment in new):
         change.adopt(segment)
     rows = database.execute("SELECT number, num_rows FROM segments ORDER BY first_row").fetchall()
-    database.executemany("DELETE FROM segments WHERE number = ?", [(number,) for number in gone])
+    for table in ("segments", "blocks"):
+        database.executemany(f"DELETE FROM {table} WHERE number = ?", [(number,) for number in gone])
     first_row = 0
     for number, num_rows in rows:
         for segment in replaced.get(number, ()):

@@ -26,8 +26,9 @@ from knn_diffusion.retrieval.database import (
     translated_errors,
 )  # fmt: skip
 from knn_diffusion.retrieval.manifest import Manifest, read_manifest
-from knn_diffusion.retrieval.segments import CURE, Segment, Snapshot
-from knn_diffusion.retrieval.transaction import Transaction, known_segment, transaction
+from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES, Segment, Snapshot, file_name
+from knn_diffusion.retrieval.stored_array import CURE, StoredArray
+from knn_diffusion.retrieval.transaction import SEGMENTS, Transaction, transaction
 
 
 class LiveState:
@@ -92,20 +93,20 @@ class LiveState:
             while True:
                 seen = self.reader.execute("PRAGMA data_version").fetchone()[0]
                 old = self._snapshot
-                found = read_manifest(self.reader, self.name, old.generation, old.records)
+                found = read_manifest(self.reader, self.name, old.generation, old.records, max(old.numbers, default=0))
                 snapshot = self._assembled(found, made)
                 known = {segment.number for segment in old.segments}
                 missing = [one for one in snapshot.segments if one.number not in known and not one.hold()]
                 if not missing or self.reader.execute("PRAGMA data_version").fetchone()[0] == seen:
                     break  # a file that is missing though nothing was committed meanwhile is damage: whoever reads it says so
-            self.checksums, self.metadata_names = found.checksums, found.metadata_names
+            self.checksums, self.metadata_names, self.encoder = found.checksums, found.metadata_names, found.encoder
             self._snapshot, self._seen = snapshot, seen
 
     def _assembled(self, found: Manifest, made: Sequence[Segment]) -> Snapshot:
         known = {segment.number: segment for segment in (*self._snapshot.segments, *made)}
         segments: list[Segment] = []
         for values in found.segments:
-            segment = known.get(values[0]) or known_segment(values, self.folder)
+            segment = known.get(values[0]) or self._segment(values, found)
             moved = segment.first_row != values[1]
             segments.append(replace(segment, first_row=values[1]) if moved else segment)
         num_rows = sum(segment.num_rows for segment in segments)
@@ -115,6 +116,25 @@ class LiveState:
         alive = np.ones(num_rows, bool)
         alive[gone] = False
         return Snapshot(alive=alive, segments=tuple(segments), generation=found.generation, records=found.records)
+
+    def _segment(self, values: Sequence[Any], found: Manifest) -> Segment:
+        """One that a row of the database tells of."""
+        number, first_row, num_rows, embeddings, thumbnails, items = values
+        assert self.folder is not None
+        folder = self.folder / SEGMENTS
+
+        def stored(kind: str, sha256: str, width: int, dtype: type[np.generic]) -> StoredArray:
+            path, blocks = folder / file_name(number, kind), found.blocks.get((number, kind), b"")
+            return StoredArray(sha256=sha256, shape=(num_rows, width), dtype=dtype, blocks=blocks, path=path)
+
+        return Segment(
+            number=number,
+            first_row=first_row,
+            num_rows=num_rows,
+            embeddings=stored("embeddings", embeddings, found.encoder.dim, np.float16),
+            thumbnails=stored("thumbnails", thumbnails, THUMBNAIL_VALUES, np.uint8) if thumbnails is not None else None,
+            items_sha256=items,
+        )
 
     def open_writer(self) -> sqlite3.Connection:
         """The connection that writes: to the folder, or to a copy in memory when the folder may not change."""

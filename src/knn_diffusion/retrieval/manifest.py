@@ -19,8 +19,10 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from knn_diffusion.errors import StoreError
-from knn_diffusion.retrieval.database import DATABASE, HISTORY, METADATA, UPGRADE
+from knn_diffusion.retrieval.database import BLOCKS, DATABASE, HISTORY, METADATA, UPGRADE
+from knn_diffusion.retrieval.items import EncoderIdentity
 from knn_diffusion.retrieval.records import Records
+from knn_diffusion.retrieval.stored_array import CURE
 
 FORMAT_VERSION = 2
 """Of new stores. Format 1 knew no compaction, no signature and no checksum of items; writing to it makes it format 2."""
@@ -53,15 +55,21 @@ class Manifest:
     removed: Int64[np.ndarray, "removed"]
     """Records of removed images that are still on the disk, ascending."""
     records: Records
+    blocks: dict[tuple[int, str], bytes]
+    """Digests of blocks of the segments that were not known, by number and kind of array, as far as there are any."""
+    encoder: EncoderIdentity
     metadata_names: tuple[str, ...]
     """Under which something is known of images, beside their provenance."""
 
 
-def read_manifest(database: sqlite3.Connection, name: str, generation: int, records: Records) -> Manifest:
+def read_manifest(
+    database: sqlite3.Connection, name: str, generation: int, records: Records, last_known: int
+) -> Manifest:
     """The small tables, verified, in one read transaction.
 
     Args:
         generation, records: as they were read last, to spare reading what has not changed.
+        last_known: the number of the last segment that is known.
 
     Raises: StoreError when they are damaged or of another format.
     """
@@ -81,6 +89,7 @@ def read_manifest(database: sqlite3.Connection, name: str, generation: int, reco
         now = int(settings.get("generation", "0"))
         if now != generation:
             records = _read_records(database, settings, name)
+        blocks = _read_blocks(database, last_known)
     finally:
         database.execute("COMMIT")
     return Manifest(
@@ -89,6 +98,8 @@ def read_manifest(database: sqlite3.Connection, name: str, generation: int, reco
         segments=segments,
         removed=removed,
         records=records,
+        blocks=blocks,
+        encoder=_read_encoder(settings, name),
         metadata_names=tuple(json.loads(settings.get(METADATA_NAMES, "[]"))),
     )
 
@@ -140,8 +151,8 @@ def upgrade(database: sqlite3.Connection) -> None:
         put(database, "format_version", FORMAT_VERSION)
         found = database.execute("SELECT row FROM items WHERE deleted_at IS NOT NULL").fetchall()
         add_removed(database, np.array([row for (row,) in found], np.int64))
-    database.execute(HISTORY)
-    database.execute(METADATA)
+    for statement in (HISTORY, METADATA, BLOCKS):
+        database.execute(statement)
     _remember(database)
 
 
@@ -168,10 +179,7 @@ def _verify(settings: dict[str, str], segments: list[Any], removed: Int64[np.nda
     signature = settings.pop("signature", "")
     sound = signature == _signature(settings, segments) and int(settings.get("removed", "0")) == checksum(removed)
     if not sound:
-        raise StoreError(
-            f"{name} holds a damaged {DATABASE} (its list of segments is not the signed one): "
-            "restore a copy or build the index again"
-        )
+        raise StoreError(f"{name} holds a damaged {DATABASE} (its list of segments is not the signed one): {CURE}")
 
 
 def _signed(database: sqlite3.Connection) -> tuple[dict[str, str], list[Any]]:
@@ -184,6 +192,21 @@ def _signature(settings: dict[str, str], segments: list[Any]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
+def _read_encoder(settings: dict[str, str], name: str) -> EncoderIdentity:
+    try:
+        return EncoderIdentity(**json.loads(settings.get("encoder", "")))
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{name} does not say which encoder made it ({error}): {CURE}") from None
+
+
+def _read_blocks(database: sqlite3.Connection, last_known: int) -> dict[tuple[int, str], bytes]:
+    """Not signed: what they spare is read after all where they are wrong. Older stores have none."""
+    if not database.execute("SELECT name FROM sqlite_master WHERE name = 'blocks'").fetchone():
+        return {}
+    found = database.execute("SELECT number, kind, digests FROM blocks WHERE number > ?", (last_known,))
+    return {(number, kind): digests for number, kind, digests in found if isinstance(digests, bytes)}
+
+
 def _read_records(database: sqlite3.Connection, settings: dict[str, str], name: str) -> Records:
     found = database.execute("SELECT first, count FROM purged ORDER BY first").fetchall()
     try:
@@ -192,8 +215,5 @@ def _read_records(database: sqlite3.Connection, settings: dict[str, str], name: 
     except (ValueError, TypeError, OverflowError):
         records = Records.complete()
     if records.digest() != settings.get("purged"):
-        raise StoreError(
-            f"{name} holds a damaged {DATABASE} (its purged rows are not the signed ones): "
-            "restore a copy or build the index again"
-        )
+        raise StoreError(f"{name} holds a damaged {DATABASE} (its purged rows are not the signed ones): {CURE}")
     return records

@@ -23,7 +23,7 @@ from jaxtyping import Int
 from knn_diffusion.errors import StoreError, UsageError
 from knn_diffusion.retrieval.database import pieces, text
 from knn_diffusion.retrieval.manifest import METADATA_NAMES, METADATA_ROWS, get, put
-from knn_diffusion.retrieval.segments import CURE
+from knn_diffusion.retrieval.stored_array import CURE
 
 if TYPE_CHECKING:
     from knn_diffusion.retrieval.live import LiveState

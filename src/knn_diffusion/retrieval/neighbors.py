@@ -16,8 +16,9 @@ from knn_diffusion.errors import UsageError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.cell_join import UnfinishedTable, join_cells, lay_out
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig, duplicates, first_different, gather
-from knn_diffusion.retrieval.segments import Snapshot, npy_bytes
+from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
+from knn_diffusion.retrieval.stored_array import npy_bytes
 
 EVERY_PAIR = 50_000
 """Up to so many images every pair is compared."""

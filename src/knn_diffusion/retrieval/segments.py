@@ -1,13 +1,13 @@
 """Segments: rows that were written together, as plain .npy files with their digests kept in the database.
 
-Files are mapped when a segment is first seen and verified when they are first read. What is mapped stays readable after
-the file was deleted, so a search or a training run goes on with its rows while a compaction replaces them.
+Files are mapped when a segment is first seen and verified when they are first read (`stored_array.py`). What is mapped
+stays readable after the file was deleted, so a search or a training run goes on with its rows while a compaction replaces
+them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,17 +15,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Float16, Float32, Int, Int64, UInt8
+from jaxtyping import Bool, Float, Float16, Float32, Int, Int64
 
-from knn_diffusion.checkpoint import atomic_write_bytes, file_digest
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
 from knn_diffusion.retrieval.records import Records
+from knn_diffusion.retrieval.stored_array import StoredArray
 
 THUMBNAIL_VALUES = 8 * 8 * 3
 SEGMENT_ROWS = 65_536
-HEADER_BYTES = 1024  # at most, of the .npy files that are written here
-CURE = "restore a copy or build the index again"
+ROW_BY_ROW = 3
+"""Vectors are read one by one while there are fewer for each segment than this: finding out which lie together takes as long."""
 
 
 class CompactedError(StoreError):
@@ -34,87 +33,37 @@ class CompactedError(StoreError):
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Segment:
-    """Rows that were written together; the arrays are verified when first asked for."""
+    """Rows that were written together."""
 
     number: int
     first_row: int
     num_rows: int
-    embeddings_sha256: str
-    thumbnails_sha256: str | None
+    embeddings: StoredArray
+    """float16 [rows, dim], unit vectors."""
+    thumbnails: StoredArray | None
+    """uint8 [rows, 192], None for rows that were added without pictures."""
     items_sha256: str
-    folder: Path | None
-    """None for a segment that lives in memory."""
-    embeddings: Float16[np.ndarray, "rows dim"] | None = None
-    thumbnails: UInt8[np.ndarray, "rows values"] | None = None
-    mapped: dict[str, np.ndarray] = field(default_factory=dict)
-    """The bytes of the files by the kind of their array, not verified."""
 
-    def path(self, kind: str) -> Path:
-        """The file of one kind of array, "embeddings" or "thumbnails"."""
-        assert self.folder is not None
-        return self.folder / f"{self.number:08d}.{kind}.npy"
-
-    def digests(self) -> dict[str, str]:
-        """The digest of each file there must be, by its kind."""
-        both = {"embeddings": self.embeddings_sha256, "thumbnails": self.thumbnails_sha256}
-        return {kind: digest for kind, digest in both.items() if digest is not None}
+    def arrays(self) -> dict[str, StoredArray]:
+        """What there is, by the kind that stands in the name of its file."""
+        both = {"embeddings": self.embeddings, "thumbnails": self.thumbnails}
+        return {kind: array for kind, array in both.items() if array is not None}
 
     def hold(self) -> bool:
         """Map the files, so that they can be read whoever deletes them; False when one is not there."""
-        if self.folder is None:
-            return True
-        for kind in self.digests().keys() - self.mapped.keys():
-            with suppress(OSError, RuntimeError):  # beyond what the system maps, it is tried again when it is read
-                self.mapped[kind] = _map(self.path(kind))
-        return all(kind in self.mapped or self.path(kind).exists() for kind in self.digests())
+        return all(array.hold() for array in self.arrays().values())
 
-    def read_embeddings(self, dim: int) -> Float16[np.ndarray, "rows dim"]:
-        """The rows' unit vectors. Raises: StoreError when the file is missing or damaged."""
-        if self.embeddings is None:
-            self.embeddings = self._read("embeddings", self.embeddings_sha256, (self.num_rows, dim), np.float16)
-        return self.embeddings
-
-    def read_thumbnails(self) -> UInt8[np.ndarray, "rows values"] | None:
-        """The rows' 8×8 pictures, None when they were added without. Raises: StoreError as above."""
-        if self.thumbnails is None and self.thumbnails_sha256 is not None:
-            shape = (self.num_rows, THUMBNAIL_VALUES)
-            self.thumbnails = self._read("thumbnails", self.thumbnails_sha256, shape, np.uint8)
-        return self.thumbnails
-
-    def write(self) -> None:
+    def write(self, folder: Path) -> None:
         """Put the arrays on the disk and forget them; they are mapped when next asked for."""
-        for kind, array in (("embeddings", self.embeddings), ("thumbnails", self.thumbnails)):
-            if array is not None:
-                atomic_write_bytes(self.path(kind), npy_bytes(array))
-        self.embeddings = self.thumbnails = None
+        for kind, array in self.arrays().items():
+            array.write(folder / file_name(self.number, kind))
 
     def delete(self) -> None:
         """Take the files away, as far as that can be done."""
-        for kind in self.digests() if self.folder is not None else ():
+        for array in self.arrays().values():
             with suppress(OSError):
-                self.path(kind).unlink()
-
-    def file_problems(self) -> Iterator[str]:
-        """What is wrong with the files, each in a few words."""
-        for kind, digest in self.digests().items() if self.folder is not None else ():
-            if not self.path(kind).is_file():
-                yield f"{self.path(kind).name} is missing"
-            elif file_digest(self.path(kind)) != digest:
-                yield f"{self.path(kind).name} is damaged (its digest is not the stored one)"
-
-    def _read(self, kind: str, digest: str, shape: tuple[int, int], dtype: type) -> np.ndarray:
-        path = self.path(kind)
-        try:
-            content = self.mapped[kind] if kind in self.mapped else _map(path)
-            if hashlib.sha256(content.data).hexdigest() != digest:
-                raise StoreError(f"{path} is damaged (its digest is not the stored one): {CURE}")
-            array = _as_array(content)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise StoreError(f"{path} cannot be read ({' '.join(str(error).split())}): {CURE}") from None
-        if array.shape != shape or array.dtype != dtype:
-            raise StoreError(f"{path}: expected {shape} {dtype.__name__}, got {array.shape} {array.dtype}: {CURE}")
-        self.mapped[kind] = content
-        return array
+                if array.path is not None:
+                    array.path.unlink()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,8 +112,21 @@ class Snapshot:
 
         A compaction changes the digest of all segments, and that of the first few when it renumbers their rows.
         """
-        parts = [segment.embeddings_sha256 for segment in self.segments[:num_segments]]
+        parts = [segment.embeddings.sha256 for segment in self.segments[:num_segments]]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def embeddings(self, rows: Int[np.ndarray, "rows"]) -> Float16[np.ndarray, "rows dim"]:
+        """The stored vectors of these rows, at least one, copied. Raises: StoreError when a file is missing or damaged."""
+        width = self.segments[0].embeddings.shape[1]
+        if len(rows) < ROW_BY_ROW * len(self.segments):
+            owners = self.firsts.searchsorted(rows, side="right") - 1
+            found = zip(owners.tolist(), (rows - self.firsts[owners]).tolist(), strict=True)
+            arrays = [segment.embeddings for segment in self.segments]
+            return np.concatenate([arrays[owner].row(row) for owner, row in found]).reshape(-1, width)
+        out = np.empty((len(rows), width), np.float16)
+        for places, local, segment in self.split(rows):
+            out[places] = segment.embeddings.take(local)
+        return out
 
     def split(
         self, rows: Int[np.ndarray, "rows"]
@@ -182,7 +144,7 @@ class Snapshot:
         """Live rows in pieces that make one segment each: of bounded length, all with pictures or all without."""
         pictured = np.zeros(self.num_rows, bool)
         for segment in self.segments:
-            pictured[segment.first_row : segment.first_row + segment.num_rows] = segment.thumbnails_sha256 is not None
+            pictured[segment.first_row : segment.first_row + segment.num_rows] = segment.thumbnails is not None
         rows = self.live_rows
         for run in np.split(rows, np.flatnonzero(np.diff(pictured[rows])) + 1):
             yield from (run[start : start + SEGMENT_ROWS] for start in range(0, len(run), SEGMENT_ROWS))
@@ -199,14 +161,14 @@ def unit_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -> 
         )
     wide = vectors.astype(np.float64)
     norms = np.sqrt(np.einsum("rw,rw->r", wide, wide))
-    usable = np.isfinite(norms) & (norms > 0)
-    if not usable.all():
-        bad = int(np.argmin(usable))
+    if len(norms) and not 0 < norms.min() <= norms.max() < np.inf:  # nor where one is not a number
+        bad = int(np.argmin(np.isfinite(norms) & (norms > 0)))
         found = "zero" if norms[bad] == 0 else "not finite"
         raise UsageError(
             f"{what}: expected finite vectors other than zero, row {bad} is {found}: encode that input again"
         )
-    return (wide / norms[:, None]).astype(np.float32)
+    wide /= norms[:, None]
+    return wide.astype(np.float32)
 
 
 def stored_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -> Float16[np.ndarray, "rows dim"]:
@@ -225,29 +187,6 @@ def stored_rows(vectors: Float[np.ndarray, "rows width"], dim: int, what: str) -
     return rows
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
-    """The array as the bytes of a .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def bytes_digest(array: np.ndarray) -> str:
-    """SHA-256 of the array's .npy file."""
-    return hashlib.sha256(npy_bytes(array)).hexdigest()
-
-
-def _map(path: Path) -> UInt8[np.ndarray, "bytes"]:
-    """The bytes of a file without reading them, and without a file kept open: an index may have very many."""
-    size = path.stat().st_size
-    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-    content.flags.writeable = False
-    return content
-
-
-def _as_array(content: UInt8[np.ndarray, "bytes"]) -> np.ndarray:
-    """The array of a .npy file's bytes, over the same memory."""
-    head = io.BytesIO(content[:HEADER_BYTES].tobytes())
-    np.lib.format.read_magic(head)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(head)
-    return np.frombuffer(content, dtype, offset=head.tell()).reshape(shape)
+def file_name(number: int, kind: str) -> str:
+    """Of one kind of array of a segment."""
+    return f"{number:08d}.{kind}.npy"

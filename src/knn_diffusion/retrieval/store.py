@@ -8,7 +8,7 @@
 A row is the place of an image in all segments laid end to end, in the order of `segments.first_row`; the items of the
 database stand in the same order. Adding appends rows, removing marks them, and compacting (`compaction.py`) takes marked
 ones away and numbers the others anew. After a crash each of these has happened as a whole or not at all
-(`transaction.py`). What is read is verified: the small tables when they are read, a segment and an item at their first
+(`transaction.py`). What is read is verified: the small tables when they are read, blocks of rows and items at their first
 use, everything by `problems`. Other tools can read the segments with `numpy.load` and the database with `sqlite3`.
 """
 
@@ -52,7 +52,8 @@ from knn_diffusion.retrieval.items import (
 )
 from knn_diffusion.retrieval.live import LiveState
 from knn_diffusion.retrieval.metadata import Value, keep_metadata, read_metadata
-from knn_diffusion.retrieval.segments import CURE, THUMBNAIL_VALUES, CompactedError, Snapshot, stored_rows
+from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES, CompactedError, Snapshot, stored_rows
+from knn_diffusion.retrieval.stored_array import CURE
 from knn_diffusion.retrieval.transaction import SEGMENTS, sync
 
 __all__ = ["EncoderIdentity", "Item", "Store"]
@@ -73,7 +74,7 @@ class Store:
     def __init__(self, database: sqlite3.Connection, folder: Path | None, *, read_only: bool) -> None:
         self.live = LiveState(database, folder, read_only=read_only)
         self.folder, self.read_only = folder, read_only
-        self.encoder = self._read_identity()
+        self.encoder = self.live.encoder
 
     @classmethod
     def create(cls, folder: Path | None, encoder: EncoderIdentity) -> Store:
@@ -234,10 +235,9 @@ class Store:
         self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot | None = None
     ) -> Float16[np.ndarray, "rows dim"]:
         """The stored vectors of these rows, copied. Raises: StoreError when a segment is missing or damaged."""
-        out = np.empty((len(rows), self.encoder.dim), np.float16)
-        for places, local, segment in (snapshot or self.snapshot()).split(rows):
-            out[places] = segment.read_embeddings(self.encoder.dim).take(local, axis=0)
-        return out
+        if not len(rows):
+            return np.empty((0, self.encoder.dim), np.float16)
+        return (snapshot or self.snapshot()).embeddings(rows)
 
     def thumbnails(
         self, rows: Int[np.ndarray, "rows"], snapshot: Snapshot | None = None
@@ -245,8 +245,8 @@ class Store:
         """The 8×8 pictures of these rows, and which rows have one (the others are zeros)."""
         out, known = np.zeros((len(rows), THUMBNAIL_VALUES), np.uint8), np.zeros(len(rows), bool)
         for places, local, segment in (snapshot or self.snapshot()).split(rows):
-            if (found := segment.read_thumbnails()) is not None:
-                out[places], known[places] = found[local], True
+            if segment.thumbnails is not None:
+                out[places], known[places] = segment.thumbnails.take(local), True
         return out, known
 
     def preview(self, row: int, snapshot: Snapshot | None = None) -> bytes | None:
@@ -410,12 +410,6 @@ class Store:
     def _require_generation(self, snapshot: Snapshot) -> None:
         if self.snapshot().generation != snapshot.generation:
             raise CompactedError(f"{self.name} was compacted meanwhile: take a new snapshot and ask again")
-
-    def _read_identity(self) -> EncoderIdentity:
-        try:
-            return EncoderIdentity(**json.loads(self.setting("encoder") or ""))
-        except (ValueError, TypeError) as error:
-            raise StoreError(f"{self.name} does not say which encoder made it ({error}): {CURE}") from None
 
 
 def _verified(name: str, record: int, facts: Any, crc: int | None) -> Facts:

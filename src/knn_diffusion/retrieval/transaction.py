@@ -12,7 +12,6 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float16, UInt8
@@ -22,7 +21,8 @@ from knn_diffusion.retrieval.database import translated_errors
 from knn_diffusion.retrieval.holder import noted
 from knn_diffusion.retrieval.items import Facts, item_crc, item_line, items_digest
 from knn_diffusion.retrieval.manifest import get, sign, upgrade
-from knn_diffusion.retrieval.segments import Segment, bytes_digest
+from knn_diffusion.retrieval.segments import Segment, file_name
+from knn_diffusion.retrieval.stored_array import StoredArray
 
 SEGMENTS = "segments"
 
@@ -47,11 +47,11 @@ class Transaction:
     ) -> None:
         """Write a segment of new images behind all others."""
         lines = list(map(item_line, items))
-        segment = new_segment(lines, vectors, thumbnails, self._folder)
+        segment = new_segment(lines, vectors, thumbnails)
         segment.first_row, segment.number = first_row, self._next_number()
         self.made.append(segment)
         if self._folder is not None:
-            segment.write()
+            segment.write(self._folder)
         self.name(segment)
         sql = "INSERT INTO items (row, id, source, key, content, added_at, crc32) VALUES (?, ?, ?, ?, ?, ?, ?)"
         numbered = enumerate(zip(items, lines, strict=True), first_record)
@@ -59,14 +59,14 @@ class Transaction:
 
     def adopt(self, segment: Segment) -> None:
         """Take over a segment that was written elsewhere on the same disk."""
-        source = {kind: segment.path(kind) for kind in segment.digests()} if segment.folder is not None else {}
-        segment.number, segment.folder = self._next_number(), self._folder
+        segment.number = self._next_number()
         self.made.append(segment)
+        if self._folder is None:
+            return
         try:
-            for kind, path in source.items():
-                os.replace(path, segment.path(kind))
-            if self._folder is not None:
-                sync(self._folder)
+            for kind, array in segment.arrays().items():
+                array.move(self._folder / file_name(segment.number, kind))
+            sync(self._folder)
         except OSError as error:
             raise KnnDiffusionError(
                 f"{self._folder} could not be written ({error.strerror}): free space or mend permissions; nothing was changed"
@@ -75,8 +75,13 @@ class Transaction:
     def name(self, segment: Segment) -> None:
         """Put a segment into the database."""
         place = (segment.number, segment.first_row, segment.num_rows)
-        digests = (segment.embeddings_sha256, segment.thumbnails_sha256, segment.items_sha256)
-        self.database.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*place, *digests))
+        arrays = segment.arrays()
+        digests = [arrays[kind].sha256 if kind in arrays else None for kind in ("embeddings", "thumbnails")]
+        self.database.execute(
+            "INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*place, *digests, segment.items_sha256)
+        )
+        blocks = [(segment.number, kind, array.blocks) for kind, array in arrays.items() if array.blocks]
+        self.database.executemany("INSERT INTO blocks VALUES (?, ?, ?)", blocks)
 
     def leftovers(self) -> list[Path]:
         """Files that nothing will name: of a process that died, of a full disk, or replaced by a compaction."""
@@ -129,33 +134,15 @@ def new_segment(
     lines: Sequence[bytes],
     vectors: Float16[np.ndarray, "items dim"],
     thumbnails: UInt8[np.ndarray, "items values"] | None,
-    folder: Path | None,
 ) -> Segment:
     """A segment in memory with its digests, still without number and place; of its items only their lines are needed."""
     return Segment(
         number=0,
         first_row=0,
         num_rows=len(lines),
-        embeddings_sha256=bytes_digest(vectors),
-        thumbnails_sha256=None if thumbnails is None else bytes_digest(thumbnails),
+        embeddings=StoredArray.of(vectors),
+        thumbnails=None if thumbnails is None else StoredArray.of(thumbnails),
         items_sha256=items_digest(lines),
-        folder=folder,
-        embeddings=vectors,
-        thumbnails=thumbnails,
-    )
-
-
-def known_segment(values: Sequence[Any], folder: Path | None) -> Segment:
-    """The segment that a row of the database tells of."""
-    number, first_row, num_rows, embeddings, thumbnails, items = values
-    return Segment(
-        number=number,
-        first_row=first_row,
-        num_rows=num_rows,
-        embeddings_sha256=embeddings,
-        thumbnails_sha256=thumbnails,
-        items_sha256=items,
-        folder=folder / SEGMENTS if folder is not None else None,
     )
 
 

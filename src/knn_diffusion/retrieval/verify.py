@@ -44,7 +44,8 @@ def _problems(store: Store, snapshot: Snapshot) -> Iterator[str]:
         yield broken[0]
         return
     for segment in snapshot.segments:
-        yield from segment.file_problems()
+        for array in segment.arrays().values():
+            yield from array.problems()
         yield from item_problems(store, snapshot, segment)
     end = int(snapshot.records.of_rows(np.array([snapshot.num_rows]))[0])
     total = store.live.query("SELECT count(*) FROM items WHERE row < ?", (end,))[0][0]

@@ -25,7 +25,7 @@ from knn_diffusion.checkpoint import atomic_write_bytes, file_digest, write_json
 from knn_diffusion.config import read_mapping
 from knn_diffusion.errors import ImageError, UsageError
 from knn_diffusion.image_index import content_digest
-from knn_diffusion.retrieval.segments import npy_bytes
+from knn_diffusion.retrieval.stored_array import npy_bytes
 from knn_diffusion.training.checkpoints import latest_checkpoint
 
 Batch = Mapping[str, Tensor]

@@ -9,9 +9,9 @@ from vector_search.systems import Exact, Paper, System
 PAPER_CODES_PER_CELL = 3_050
 """400 million images in 131,072 cells (A.3)."""
 
-SAME_PROBES, FAR = reach(20, 10), reach(128, 20)
+SAME_PROBES, FAR = reach(20, 6), reach(112, 20)
 FAST_SCAN = (SAME_PROBES, reach(64, 10), FAR, reach(256, 20))
-SMALL = (reach(20, 20), reach(64, 20), reach(128, 40))
+SMALL = (reach(20, 10), reach(64, 20), reach(112, 30))
 
 _ALL: tuple[System, ...] = (
     Exact(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,6 @@ from knn_diffusion.retrieval.plan import (
 
 MANY_CELLS = 4_096
 """From so many cells on their centroids are searched by codes."""
-CENTROIDS_COMPARED = 10
-"""Centroids compared for each cell wanted, when they are searched by codes."""
 FEW_QUERIES = 16
 """Up to so many are searched for on one thread."""
 ROTATION_SAMPLE, ROTATION_ITERATIONS = 16_384, 8
@@ -101,6 +100,16 @@ def _parameters(probes: int, rotated: bool, **options: Any) -> Any:
 
 _kept_parameters = lru_cache(maxsize=64)(_parameters)
 """Faiss only reads them, and making them anew takes a tenth of a search."""
+
+
+def read_cells(path: Path) -> Any:
+    """An index from its file, of which this version decides how it is searched. Nothing is verified."""
+    faiss = faiss_module()
+    index = faiss.read_index(str(path))
+    coarse = faiss.downcast_index(faiss.extract_index_ivf(index).quantizer)
+    if isinstance(coarse, faiss.IndexRefine):
+        coarse.k_factor = _centroids_compared(coarse.ntotal)
+    return index
 
 
 def add_rows(index: Any, vectors: Float32[np.ndarray, "rows dim"], records: Int64[np.ndarray, "rows"]) -> None:
@@ -216,10 +225,18 @@ def coarse_index(centroids: Float32[np.ndarray, "cells dim"]) -> Any:
         index = faiss.IndexRefineFlat(codes)
         codes.this.disown()
         index.own_fields = True
-        index.k_factor = CENTROIDS_COMPARED
+        index.k_factor = _centroids_compared(len(centroids))
         index.train(centroids)
     index.add(centroids)
     return index
+
+
+def _centroids_compared(cells: int) -> int:
+    """Centroids compared for each cell wanted, when they are searched by codes: 98 % or more of a text's cells are right.
+
+    Measured with 4,096 to 131,072 cells of CLIP-like vectors; of an image's cells all are right with as many.
+    """
+    return max(4, round(np.log2(cells)) - 8)
 
 
 def _rotation(sample: Float32[np.ndarray, "rows dim"], parts: int) -> Any:

@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from knn_diffusion.checkpoint import atomic_path, file_digest, write_json
 from knn_diffusion.errors import KnnDiffusionError, StoreError
-from knn_diffusion.retrieval.cells import faiss_module
+from knn_diffusion.retrieval.cells import faiss_module, read_cells
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
@@ -218,7 +218,7 @@ class KeptIndex:
     def _load(self, digest: str) -> Any | None:
         if self.folder is None or not _whole(self.folder, digest):
             return None
-        return faiss_module().read_index(str(_path(self.folder, digest)))
+        return read_cells(_path(self.folder, digest))
 
     def _write_facts(self, folder: Path | None, *, begin: bool = False) -> None:
         """Say what there is, unless cells that are not ours took their place; then delete what nothing names any more."""

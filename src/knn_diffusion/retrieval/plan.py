@@ -72,8 +72,8 @@ class IndexConfig:
     exact_below: int = 100_000
     memory_bytes: int | None = None
     cells: int | None = None
-    image: Reach = Reach(probes=20, depth=10)
-    text: Reach = Reach(probes=128, depth=20)
+    image: Reach = Reach(probes=20, depth=6)
+    text: Reach = Reach(probes=112, depth=20)
 
     def __post_init__(self) -> None:
         known = ("auto", "exact", *CELL_LAYOUTS)

@@ -6,7 +6,6 @@ Everything is done through `Store` and `LocalRetriever`; only this file knows th
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -73,21 +72,28 @@ class Ours:
 
     def open(self, data: Data, folder: Path) -> Opened:
         """Ready to search; the store stays open as long as the process."""
+        opened = [self._opened(data, folder)]
+
+        def search(setting: Setting) -> Search:
+            def ask(queries: Float32[np.ndarray, "queries dim"], k: int) -> Int[np.ndarray, "queries k"]:
+                return nearest(opened[0], setting)(queries, k)
+
+            return ask
+
+        def make_cold() -> None:
+            opened.pop().store.close()  # pages that somebody maps stay in memory
+            drop_from_page_cache(folder / STORE / "segments")
+            opened.append(self._opened(data, folder))
+
+        return Opened(search=search, make_cold=make_cold if self._rows == "cold" else None)
+
+    def _opened(self, data: Data, folder: Path) -> Any:
         retriever, store = self.retriever(data, folder).__enter__()
         retriever.prepare()
         if self._rows == "mapped":
             for start in range(0, data.size, SEGMENT_ROWS):
                 store.embeddings(np.arange(start, min(start + SEGMENT_ROWS, data.size)))
-
-        def make_cold() -> None:
-            for segment in store.snapshot().segments:
-                if isinstance(mapped := getattr(segment.embeddings, "_mmap", None), mmap.mmap):
-                    mapped.madvise(mmap.MADV_DONTNEED)
-            drop_from_page_cache(folder / STORE / "segments")
-
-        return Opened(
-            search=lambda setting: nearest(retriever, setting), make_cold=make_cold if self._rows == "cold" else None
-        )
+        return retriever
 
     def sizes(self, data: Data, folder: Path) -> Sizes:
         """The index is everything in the store's cache folder; the rest is the store."""

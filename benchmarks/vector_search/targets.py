@@ -110,19 +110,20 @@ def _text_recall(results: Results) -> tuple[str, bool]:
     return f"{found:.4f} against {paper:.4f}", found >= paper
 
 
-def _text_at_equal_time(results: Results) -> tuple[str, bool]:
-    limit = results.value("paper", "p50_ms")
-    rows = results.rows.get("fast-scan", {})
-    if not any("text_recall" in row for row in rows.values()):
-        raise AbsentError("fast-scan, texts")
-    allowed = {label: row for label, row in rows.items() if row["p50_ms"] <= limit}
-    if not allowed:
-        return "no setting is as fast", False
-    label, row = max(allowed.items(), key=lambda pair: pair[1]["text_recall"])
-    return (
-        f"{row['text_recall']:.4f} at {label}, {row['p50_ms'] / limit:.2f}× the paper's latency",
-        row["text_recall"] >= 0.95,
-    )
+def _text_at_equal_time(system: str) -> Judge:
+    def judge(results: Results) -> tuple[str, bool]:
+        limit = results.value("paper", "p50_ms")
+        rows = {label: row for label, row in results.rows.get(system, {}).items() if "text_recall" in row}
+        if not rows:
+            raise AbsentError(f"{system}, texts")
+        allowed = {label: row for label, row in rows.items() if row["p50_ms"] <= limit}
+        if not allowed:
+            return "no setting is as fast", False
+        label, row = max(allowed.items(), key=lambda pair: pair[1]["text_recall"])
+        text = f"{row['text_recall']:.4f} at {label}, {row['p50_ms'] / limit:.2f}× the paper's latency"
+        return text, row["text_recall"] >= 0.95
+
+    return judge
 
 
 def _long_lists(results: Results) -> tuple[str, bool]:
@@ -185,7 +186,8 @@ _LINES: list[tuple[str, str, Judge]] = [
     ("latency at 20 probes, rows cold on the disk", "reported", _cold),
     ("image recall@10 at 20 probes", "≥ .985", _image_recall),
     ("text recall@10 at 20 probes", "not lower", _text_recall),
-    ("text recall@10 in no more time", "≥ .95", _text_at_equal_time),
+    ("text recall@10 in no more time, rows in RAM", "≥ .95", _text_at_equal_time("fast-scan-ram")),
+    ("text recall@10 in no more time, rows mapped", "≥ .95", _text_at_equal_time("fast-scan")),
     ("CPU a query with the paper's 3,050 codes a cell", "≥ 10× less", _long_lists),
     ("neighbors of every row against online search", "≥ 5× cheaper, recall ≥ .99", _self_neighbors),
     ("adding while serving, another process writes", "≥ 15,000/s, ≤ 1 s, p99 ≤ 2×", _adding("adding")),

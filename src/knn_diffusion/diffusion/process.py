@@ -8,6 +8,7 @@ Steps run 1 … N; step 0 is the clean image. The id of [MASK] is `vocab_size`. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,10 +17,11 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from knn_diffusion.config import config, require
 from knn_diffusion.errors import UsageError
-from knn_diffusion.shapes import Logits, Steps, Tokens
+from knn_diffusion.shapes import Steps, Tokens
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """One generator for a whole batch, or one for each image, so that an image does not depend on its batch."""
@@ -158,20 +160,24 @@ def uniform(
     return torch.stack(rows)
 
 
-def categorical(log_probs: Float[Tensor, "batch seq classes"], generators: Generators) -> Int[Tensor, "batch seq"]:
-    """Draw a class for every position by inverting the cumulative distribution in float64.
+def categorical(weights: Float[Tensor, "batch seq classes"], generators: Generators) -> Int[Tensor, "batch seq"]:
+    """Draw a class for every position, with chances in proportion to its float64 weights.
+
+    Args:
+        generators: advanced by one number for each position.
+    """
+    batch, seq, _ = weights.shape
+    return pick(weights, uniform(generators, batch, seq, weights.device))
+
+
+def pick(weights: Float[Tensor, "*any classes"], level: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+    """The class where the cumulative distribution passes `level`, a number in [0, 1).
 
     One uniform number decides a position, and a class of probability 1e-12 still gets its share. (Gumbel noise made from
     float32 uniforms draws a class of 1e-7 half as often as it should.)
-
-    Args:
-        log_probs: need not be normalised; a class at -inf is never drawn.
-        generators: advanced by one number for each position.
     """
-    batch, seq, _ = log_probs.shape
-    weights = log_probs.double()
-    cumulative = (weights - weights.amax(-1, keepdim=True)).exp().cumsum(-1)
-    target = uniform(generators, batch, seq, log_probs.device).unsqueeze(-1) * cumulative[..., -1:]
+    cumulative = weights.cumsum(-1)
+    target = level.unsqueeze(-1) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # the first class whose sum exceeds it
 
 
@@ -206,18 +212,25 @@ def prior_sample(
 
 
 def posterior(
-    schedule: Schedule, x_0_logits: Logits, x_n: Tokens, step: Steps, prev_step: Steps
-) -> Float[Tensor, "batch seq classes"]:
+    schedule: Schedule,
+    x_0_logits: Float[Tensor, "*any vocab"],
+    x_n: Int[Tensor, "*any"],
+    step: Int[Tensor, "*images"],
+    prev_step: Int[Tensor, "*images"],
+) -> Float[Tensor, "*any classes"]:
     """p(x_s | x_n): the posterior q(x_s | x_n, x_0) of Eq. 3, averaged over the predicted x_0, for any earlier step s.
 
     With prev_step = step - 1 it is Eq. 3; with a larger stride it is the exact product of the steps between, so fewer steps
     than trained cost no bias: a masked token stays masked with probability γ̄_s / γ̄_n.
 
+    By Eq. 3 code j has Σ_i p(x_0 = i) q(x_n | x_s = j) q(x_s = j | x_0 = i) / q(x_n | x_0 = i). All codes but the one that x_n
+    shows share the numbers in this, so what is left is a · p_j + b, and one code more to be put in its place.
+
     Args:
         x_0_logits: the prediction after guidance and truncation; -inf is a class that cannot be.
-        step: n of each image, 1 … N.
+        step: n of each image, 1 … N, or one number for all.
         prev_step: s of each image, 0 … n - 1; at 0 the result is the prediction itself.
-    Returns: float64 log-probabilities that sum to 1 over classes; the last class is [MASK].
+    Returns: float64 probabilities; the last class is [MASK].
     Raises: UsageError for steps out of order or outside 0 … N.
 
     Differs from the paper: under `absorbing` a visible token is certain, so it stays, whatever the prediction.
@@ -226,25 +239,28 @@ def posterior(
     _check_steps(schedule, prev_step, at_least=0)
     if bool((prev_step >= step).any()):
         raise UsageError(f"expected prev_step below step, got {prev_step.tolist()} and {step.tolist()}: swap them")
-    n, s = step.to(x_n.device)[:, None, None], prev_step.to(x_n.device)[:, None, None]
-    now, before, between = schedule.marginal(n), schedule.marginal(s), schedule.transition(s, n)
+    step, prev_step = (n.to(x_n.device).view(-1, *[1] * (x_n.ndim - 1)) for n in (step, prev_step))
+    now, before, between = schedule.marginal(step), schedule.marginal(prev_step), schedule.transition(prev_step, step)
 
-    masked = (x_n == schedule.mask_id).unsqueeze(-1)  # batch seq 1
-    same = torch.arange(schedule.vocab_size, device=x_n.device) == x_n.unsqueeze(-1)  # batch seq vocab
-    p_x_0 = x_0_logits.double().softmax(-1)  # batch seq vocab
+    hidden = x_n == schedule.mask_id
+    p_x_0 = functional.pad(x_0_logits.double(), (0, 1), value=-math.inf).softmax(-1)  # *any classes; nothing on [MASK]
+    own = p_x_0.gather(-1, x_n.unsqueeze(-1)).squeeze(-1)  # of the code that x_n shows
     if schedule.preset == "absorbing":
-        p_x_0 = torch.where(masked, p_x_0, same.double())
+        scale, floor, stays = between.gamma / now.gamma * before.alpha, torch.zeros_like(own), torch.ones_like(own)
+        scale = torch.where(hidden, scale, 0)
+    else:
+        kept = now.alpha + now.beta  # q(x_n | x_0 = x_n); now.beta for another x_0
+        evidence = own / kept + (1 - own) / now.beta  # Σ_i p(x_0 = i) / q(x_n | x_0 = i)
+        stays = (between.alpha + between.beta) * (before.alpha * own / kept + before.beta * evidence)
+        scale = torch.where(hidden, between.gamma / now.gamma, between.beta / now.beta) * before.alpha
+        floor = torch.where(hidden, between.gamma / now.gamma, between.beta * evidence) * before.beta
+    stays = torch.where(hidden, before.gamma / now.gamma, stays)  # as [MASK], or as the code that it shows
+    codes = torch.addcmul(floor.unsqueeze(-1), p_x_0, scale.unsqueeze(-1))
+    codes[..., schedule.mask_id] = 0
+    return codes.scatter_(-1, x_n.unsqueeze(-1), stays.unsqueeze(-1))
 
-    evidence = torch.where(masked, now.gamma, now.alpha * same + now.beta)  # q(x_n | x_0) for every code x_0
-    likelihood = torch.where(masked, between.gamma, between.alpha * same + between.beta)  # q(x_n | x_s), every code x_s
-    weight = p_x_0 / evidence.clamp_min(torch.finfo(torch.float64).tiny)  # p(x_0) / q(x_n | x_0)
-    total = weight.sum(-1, keepdim=True)
-    codes = likelihood * (before.alpha * weight + before.beta * total)
-    mask = masked * before.gamma * total
-    return torch.cat([codes, mask], dim=-1).log()
 
-
-def _check_steps(schedule: Schedule, step: Steps, *, at_least: int) -> None:
+def _check_steps(schedule: Schedule, step: Int[Tensor, "*images"], *, at_least: int) -> None:
     """Refuse steps outside the tables; a negative one would silently read from their end."""
     if bool(((step < at_least) | (step > schedule.num_steps)).any()):
         raise UsageError(

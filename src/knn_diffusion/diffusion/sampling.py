@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
+from types import EllipsisType
 from typing import Any, Literal
 
 import torch
@@ -19,12 +20,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knn_diffusion.config import config, require
-from knn_diffusion.diffusion.process import Schedule, categorical, posterior, prior_sample, uniform
+from knn_diffusion.diffusion.process import Schedule, categorical, pick, posterior, prior_sample, uniform
 from knn_diffusion.errors import CheckpointError, UsageError
 from knn_diffusion.shapes import Logits, Tokens
 
 Denoise = Callable[[Tensor, Tensor, Any], Tensor]
 """(x_n, step, condition) -> logits of x_0; the condition is opaque here."""
+
+Places = Bool[Tensor, "batch seq"] | EllipsisType
+"""Which tokens of a batch are meant; `...` for all."""
 
 GUIDANCE_POWER = 3.0
 """Exponent of the power-cosine guidance schedule: nearly unguided for the first third (1d-tokenizer's choice)."""
@@ -76,6 +80,21 @@ class SamplerConfig:
         return SamplerConfig(num_steps=100, order="ancestral")
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the denoiser said of x_0, guided only where it is asked for: the vocabulary is the longest axis there is."""
+
+    conditional: Logits
+    unconditional: Logits | None
+    """None where λ is 1."""
+    scale: float
+
+    def at(self, places: Places) -> Float[Tensor, "*places vocab"]:
+        """Guided float32 logits. Raises: CheckpointError where they are not finite."""
+        given = _finite(self.conditional[places])
+        return given if self.unconditional is None else guide(given, _finite(self.unconditional[places]), self.scale)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepInfo:
     """What a step callback is told after each pass; it may raise to end the chain."""
@@ -86,8 +105,13 @@ class StepInfo:
     step: int
     """The step the chain has reached, 0 at the end."""
     x_n: Tokens
-    x_0: Tokens
-    """The likeliest image: tokens already drawn, and the most probable code where [MASK] remains."""
+    prediction: Prediction
+
+    @property
+    def x_0(self) -> Tokens:
+        """The likeliest image: tokens already drawn, and the most probable code where [MASK] remains."""
+        mask_id = self.prediction.conditional.shape[-1]
+        return torch.where(self.x_n == mask_id, self.prediction.at(...).argmax(-1), self.x_n)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,19 +163,25 @@ def sample(
     for index, move in enumerate(moves):
         scale = guidance_at(config, 1 - move.step / schedule.num_steps)
         step = torch.full((len(x_n),), move.step, device=x_n.device)
-        logits = _guided(denoise, x_n, step, condition=condition, both=both, scale=scale)
-        logits = truncate(logits / config.temperature, config.truncation)
-        log_probs = posterior(schedule, logits, x_n, step, torch.full_like(step, move.prev_step))
+        prediction = _predict(denoise, x_n, step, condition=condition, both=both, scale=scale)
+        chances = partial(_chances, schedule, config, prediction, x_n, move)
         if config.order == "ancestral":
-            x_n = categorical(log_probs, generators)
+            x_n = categorical(chances(...), generators)
         else:
             left = (masked_at_start * move.share).round().long()
             noise = config.choice_temperature * (1 - (index + 1) / len(moves))
-            x_n = _unmask(schedule, config.order, log_probs, x_n, left=left, noise=noise, generators=generators)
+            x_n = _unmask(schedule, config.order, chances, x_n, left=left, noise=noise, generators=generators)
         if callback is not None:
-            likeliest = torch.where(x_n == schedule.mask_id, logits.argmax(-1), x_n)
-            callback(StepInfo(index=index + 1, total=len(moves), step=move.prev_step, x_n=x_n, x_0=likeliest))
+            callback(StepInfo(index=index + 1, total=len(moves), step=move.prev_step, x_n=x_n, prediction=prediction))
     return x_n
+
+
+def _chances(
+    schedule: Schedule, config: SamplerConfig, prediction: Prediction, x_n: Tokens, move: Move, places: Places
+) -> Float[Tensor, "*places classes"]:
+    """What each of these tokens may become in a pass, float64; [MASK] is the last class."""
+    logits = truncate(prediction.at(places) / config.temperature, config.truncation)
+    return posterior(schedule, logits, x_n[places], torch.tensor(move.step), torch.tensor(move.prev_step))
 
 
 def _check_start(
@@ -169,26 +199,29 @@ def _check_start(
         raise UsageError(f"expected start_step from 0 to {trained}, got {start_step}: use a step of this schedule")
 
 
-def _guided(
+def _predict(
     denoise: Denoise, x_n: Tokens, step: Int[Tensor, "batch"], *, condition: Any, both: Any | None, scale: float
-) -> Logits:
+) -> Prediction:
     """One pass through the denoiser: both halves of guidance as one batch, or the conditional half where λ is 1."""
     if scale == 1:
-        return _finite(denoise(x_n, step, condition).float())
+        return Prediction(denoise(x_n, step, condition), None, scale)
     if both is None:
         raise UsageError(f"guidance of {scale:g} needs the null condition, got none: pass both, or guidance_scale=1")
-    logits = _finite(denoise(torch.cat([x_n, x_n]), torch.cat([step, step]), both).float())
-    conditional, unconditional = logits.chunk(2)
-    return guide(conditional, unconditional, scale)
+    given, null = denoise(torch.cat([x_n, x_n]), torch.cat([step, step]), both).chunk(2)
+    return Prediction(given, null, scale)
 
 
-def _finite(logits: Logits) -> Logits:
-    if not bool(logits.isfinite().all()):
+def _finite(logits: Float[Tensor, "*places vocab"]) -> Float[Tensor, "*places vocab"]:
+    """As float32."""
+    logits = logits.float()
+    if not bool(logits.sum().isfinite()):  # NaN and infinity stay what they are in a sum
         raise CheckpointError("expected finite logits from the denoiser, got NaN or infinity: train or load it again")
     return logits
 
 
-def guide(conditional: Logits, unconditional: Logits, scale: float) -> Logits:
+def guide(
+    conditional: Float[Tensor, "*places vocab"], unconditional: Float[Tensor, "*places vocab"], scale: float
+) -> Float[Tensor, "*places vocab"]:
     """Extrapolate from the null condition's x_0 logits through the condition's: Sec. 3.2, λ = scale.
 
     Differs from the paper: it writes this on p(x_{n-1}), whose [MASK] class is the same in both halves and would be crushed
@@ -210,7 +243,7 @@ def guidance_at(config: SamplerConfig, progress: float) -> float:
     return config.guidance_scale
 
 
-def truncate(logits: Logits, mass: float) -> Logits:
+def truncate(logits: Float[Tensor, "*places vocab"], mass: float) -> Float[Tensor, "*places vocab"]:
     """Keep the likeliest codes that together hold at least `mass` of each position's probability; the others get -inf."""
     if mass >= 1:
         return logits
@@ -258,7 +291,7 @@ def _masked_share(reveal: Literal["schedule", "cosine", "arccos"], passed: float
 def _unmask(
     schedule: Schedule,
     order: Literal["halton", "confidence"],
-    log_probs: Float[Tensor, "batch seq classes"],
+    chances: Callable[[Places], Float[Tensor, "*places classes"]],
     x_n: Tokens,
     *,
     left: Int[Tensor, "batch"],
@@ -269,17 +302,22 @@ def _unmask(
 
     Visible tokens follow the posterior too where the schedule replaces tokens, and stay where it only masks.
     """
-    codes = log_probs[..., :-1]
-    drawn = categorical(codes, generators)
-    if order == "halton":
-        score = -halton_rank(math.isqrt(x_n.shape[1])).to(x_n.device).double().expand(x_n.shape)
-    else:
-        gumbel = -(-uniform(generators, len(x_n), x_n.shape[1], x_n.device).clamp_min(1e-300).log()).log()
-        score = codes.gather(-1, drawn.unsqueeze(-1)).squeeze(-1) + noise * gumbel
     masked = x_n == schedule.mask_id
-    chosen = _highest(score.masked_fill(~masked, -math.inf), masked.sum(1) - left)
-    visible = drawn if schedule.replaces else x_n
-    return torch.where(masked, torch.where(chosen, drawn, schedule.mask_id), visible)
+    moving = torch.ones_like(masked) if schedule.replaces else masked
+    level = uniform(generators, len(x_n), x_n.shape[1], x_n.device)
+    count = masked.sum(1) - left
+    if order == "halton":
+        rank = halton_rank(math.isqrt(x_n.shape[1])).to(x_n.device).double().expand(x_n.shape)
+        chosen = _highest((-rank).masked_fill(~masked, -math.inf), count)
+        moving = moving & (chosen | ~masked)
+    codes = chances(moving)[..., :-1]
+    drawn = x_n.masked_scatter(moving, pick(codes, level[moving]))
+    if order == "confidence":
+        chance = codes.gather(-1, drawn[moving].unsqueeze(-1))
+        gumbel = -(-uniform(generators, len(x_n), x_n.shape[1], x_n.device).clamp_min(1e-300).log()).log()
+        sure = torch.full_like(level, -math.inf).masked_scatter(moving, chance.log())
+        chosen = _highest((sure + noise * gumbel).masked_fill(~masked, -math.inf), count)
+    return torch.where(masked & ~chosen, schedule.mask_id, drawn)
 
 
 def _highest(score: Float[Tensor, "batch seq"], count: Int[Tensor, "batch"]) -> Bool[Tensor, "batch seq"]:

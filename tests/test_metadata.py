@@ -329,6 +329,8 @@ def test_names_of_metadata_are_columns_beside_the_stores_own(where: str, expecte
     "where",
     [
         "widht >= 512",
+        '"widht" >= 512',
+        'licence = "CC0"',
         "deleted_at IS NULL",
         "content = x'00'",
         "facts LIKE '%'",

@@ -394,6 +394,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         ("key = '3.png' OR key IN ('4.png')", {3, 4}),
         ("added_at < 5", set()),
         ("length(source) > 100 -- nothing", set()),
+        ('"KEY" = \'3.png\' OR source = \'"\' OR /* "this" */ "items"."key" = \'4.png\' -- "that"', {3, 4}),
     ],
 )
 def test_a_condition_selects_rows(where: str, expected: set[int]) -> None:
@@ -427,6 +428,9 @@ def test_rows_are_found_by_where_their_images_came_from(monkeypatch: pytest.Monk
         "row IN (SELECT row FROM previews)",
         "load_extension('x')",
         "\0",
+        '"sorce" = 1',
+        "\"sorce\" != 'x' -- which SQLite takes for two texts",
+        'source LIKE "%2%"',
     ],
 )
 def test_what_is_no_condition_is_refused_and_changes_nothing(where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,10 @@ UPGRADE = (f"ALTER TABLE items ADD COLUMN {ITEM_CHECKSUM}", PURGED)
 LOCK_SECONDS = 10.0
 _PARAMETERS = 500  # fewer than any SQLite allows in one statement
 NAMES_SHOWN = 20
+_QUOTED = re.compile(
+    r"""'[^']*' | "(?P<name>[^"]*)" | \[[^\]]*\] | `[^`]*` | --[^\n]* | /\*.*?\*/""", re.VERBOSE | re.DOTALL
+)
+"""What stands in quotes of any kind, and comments."""
 FREED_PAGES = 4096
 """Pages given back to the disk in one transaction, 16 MiB."""
 
@@ -144,6 +149,8 @@ def rows_where(database: sqlite3.Connection, condition: str, names: Sequence[str
 
     Raises: UsageError when it is no such condition; StoreError when metadata is damaged.
     """
+    if (unknown := _unknown_in_double_quotes(condition, names)) is not None:
+        raise _refused(condition, f'no such column: "{unknown}"; texts stand in single quotes', names)
     used = [name for name in names if name.lower() in condition.lower()]
     view = "described"
     while view in condition.lower():  # so that the condition cannot name it, and read what only the view may
@@ -156,11 +163,7 @@ def rows_where(database: sqlite3.Connection, condition: str, names: Sequence[str
         database.set_authorizer(None)
         if used and database.execute("SELECT 1 FROM metadata WHERE NOT json_valid(facts) LIMIT 1").fetchone():
             raise StoreError(f"{DATABASE} holds damaged metadata: restore a copy or build the index again") from None
-        known = [*FILTER_COLUMNS, *names[:NAMES_SHOWN], *(["…"] if len(names) > NAMES_SHOWN else [])]
-        raise UsageError(
-            f"expected a condition over {', '.join(known)}, such as source LIKE '%fruit%', "
-            f"got {condition!r} ({error}): mend it"
-        ) from None
+        raise _refused(condition, str(error), names) from None
     finally:
         database.set_authorizer(None)
     return np.array([row for (row,) in found], np.int64)
@@ -187,6 +190,20 @@ def _connect(place: str) -> sqlite3.Connection:
 
 def _uri(folder: Path, options: str) -> str:
     return f"file:{quote(str((folder / DATABASE).absolute()))}?{options}"
+
+
+def _unknown_in_double_quotes(condition: str, names: Sequence[str]) -> str | None:
+    """The first that is no column: SQLite takes it for a text, and the condition for one that holds for all images or none."""
+    columns = {name.lower() for name in ("row", "items", *FILTER_COLUMNS, *names)}
+    quoted = (match["name"] for match in _QUOTED.finditer(condition) if match["name"] is not None)
+    return next((name for name in quoted if name.lower() not in columns), None)
+
+
+def _refused(condition: str, reason: str, names: Sequence[str]) -> UsageError:
+    known = [*FILTER_COLUMNS, *names[:NAMES_SHOWN], *(["…"] if len(names) > NAMES_SHOWN else [])]
+    return UsageError(
+        f"expected a condition over {', '.join(known)}, such as source LIKE '%fruit%', got {condition!r} ({reason}): mend it"
+    )
 
 
 def _described(view: str, names: Sequence[str]) -> str:

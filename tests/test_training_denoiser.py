@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,30 @@ def test_no_image_is_its_own_neighbor(world: Path, tmp_path: Path) -> None:
     batch = data.batch(torch.tensor([0, 5]), torch.Generator())
     assert torch.equal(batch["present"], torch.from_numpy(data.neighbors[[0, 5]] != ABSENT))
     assert batch["neighbors"].shape == (2, 3, batch["query"].shape[1])
+
+
+def test_an_index_that_is_changed_while_neighbors_are_looked_up_is_told_and_nothing_is_kept(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = load_pixels([world / "pictures"], SIZE, tmp_path)
+    tokenizer, _ = load_tokenizer(world / "model" / "tokenizer")
+    with ImageIndex.open(world / "model" / "index", read_only=True) as index:
+        expected = prepare(pixels, index, tokenizer, 3, tmp_path / "before").neighbors
+        real, first = ImageIndex.neighbor_rows, index.ids[0]
+
+        def removing(self: ImageIndex, *given: Any, **options: Any) -> np.ndarray:
+            found = real(self, *given, **options)
+            index.remove([first])
+            return found
+
+        monkeypatch.setattr(ImageIndex, "neighbor_rows", removing)
+        with pytest.raises(
+            UsageError, match="expected an index that nobody changes while neighbors are looked up, .*: give"
+        ):
+            prepare(pixels, index, tokenizer, 3, tmp_path / "cache")
+    monkeypatch.undo()
+    with ImageIndex.open(world / "model" / "index", read_only=True) as index:
+        np.testing.assert_array_equal(prepare(pixels, index, tokenizer, 3, tmp_path / "cache").neighbors, expected)
 
 
 def test_an_index_with_too_few_neighbors_says_how_many_would_do(world: Path, tmp_path: Path) -> None:

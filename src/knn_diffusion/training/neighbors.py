@@ -70,7 +70,7 @@ def prepare(
 ) -> DenoiserData:
     """Lines 2, 5 and 7 of Algorithm 1 for all images, each kept in `cache` under what it was made from.
 
-    Raises: UsageError when the index is too small to give any image k neighbors besides itself.
+    Raises: UsageError when the index is too small to give any image k neighbors besides itself, or is changed meanwhile.
     """
     if k and len(index) < k + 1:
         raise UsageError(
@@ -86,11 +86,26 @@ def prepare(
         cache, "embeddings", {"pixels": pixels.digest, "encoder": encoder.fingerprint},
         lambda: encode_images(pixels.array, encoder, progress),
     )  # fmt: skip
-    neighbors = cached_array(
-        cache, "neighbors", {"pixels": pixels.digest, "index": index.digest, "k": k},
-        lambda: find_neighbors(queries, pixels.ids, index, k, progress, cache),
-    )  # fmt: skip
-    return DenoiserData(tokens=tokens, queries=queries, neighbors=neighbors, table=index.embeddings)
+    digest = index.digest
+
+    def of_one_moment() -> Int[np.ndarray, "items k"]:
+        found = find_neighbors(queries, pixels.ids, index, k, progress, cache)
+        _require_unchanged(index, digest)
+        return found
+
+    facts = {"pixels": pixels.digest, "index": digest, "k": k}
+    neighbors, table = cached_array(cache, "neighbors", facts, of_one_moment), index.embeddings
+    _require_unchanged(index, digest)
+    return DenoiserData(tokens=tokens, queries=queries, neighbors=neighbors, table=table)
+
+
+def _require_unchanged(index: ImageIndex, digest: str) -> None:
+    """Raise UsageError when the rows of neighbors may be those of other images by now."""
+    if index.digest != digest:
+        raise UsageError(
+            f"expected an index that nobody changes while neighbors are looked up, {index.folder or 'that in memory'} was "
+            "changed: give the same command again, or train with a copy of the index"
+        )
 
 
 def encode_tokens(

@@ -18,6 +18,7 @@ from knn_diffusion.config import from_dict
 from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import ConfigError, UsageError
 from knn_diffusion.model_folder import load_model, load_tokenizer, write_pipeline_file
+from knn_diffusion.training import neighbors
 from knn_diffusion.training.data import load_pixels
 from knn_diffusion.training.denoiser import DenoiserRun, train_denoiser
 from knn_diffusion.training.neighbors import ABSENT, prepare
@@ -65,6 +66,20 @@ def test_no_image_is_its_own_neighbor(world: Path, tmp_path: Path) -> None:
     batch = data.batch(torch.tensor([0, 5]), torch.Generator())
     assert torch.equal(batch["present"], torch.from_numpy(data.neighbors[[0, 5]] != ABSENT))
     assert batch["neighbors"].shape == (2, 3, batch["query"].shape[1])
+
+
+def test_only_the_neighbors_of_the_runs_own_images_stay_in_the_cache(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = load_pixels([world / "pictures"], SIZE, tmp_path)
+    tokenizer, _ = load_tokenizer(world / "model" / "tokenizer")
+    with ImageIndex.open(world / "model" / "index") as index:
+        expected = prepare(pixels, index, tokenizer, 3, tmp_path / "every-pair").neighbors
+        monkeypatch.setattr(neighbors, "EVERY_PAIR", 5)
+        made = prepare(pixels, index, tokenizer, 3, tmp_path / "at-once").neighbors
+    np.testing.assert_array_equal(made, expected)
+    kept = (sorted(path.name for path in (tmp_path / one).iterdir()) for one in ("at-once", "every-pair"))
+    assert next(kept) == next(kept)
 
 
 def test_an_index_that_is_changed_while_neighbors_are_looked_up_is_told_and_nothing_is_kept(

@@ -23,6 +23,8 @@ from knn_diffusion.training.data import Batch, PixelSet, Reporter, cached_array
 
 CHUNK = 256
 ABSENT = -1
+WHOLE = "neighbors-of-the-index.npy"
+"""The lists of all images of the index, until those of the run's own images are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +97,7 @@ def prepare(
 
     facts = {"pixels": pixels.digest, "index": digest, "k": k}
     neighbors, table = cached_array(cache, "neighbors", facts, of_one_moment), index.embeddings
+    (cache / WHOLE).unlink(missing_ok=True)
     _require_unchanged(index, digest)
     return DenoiserData(tokens=tokens, queries=queries, neighbors=neighbors, table=table)
 
@@ -151,8 +154,8 @@ def find_neighbors(
         places = {one: place for place, one in enumerate(index.ids)}
         own = np.array([places.get(one, ABSENT) for one in ids])
         if (own >= 0).all():
-            kept = cache / "neighbors-of-the-index.npy" if cache is not None else None
-            return index.self_neighbors(k, output=kept, progress=progress)[own]
+            whole = cache / WHOLE if cache is not None else None
+            return index.self_neighbors(k, output=whole, progress=progress)[own]
     table = np.full((len(queries), k), ABSENT, np.int32)
     for start in range(0, len(queries) if k else 0, CHUNK):
         rows = slice(start, start + CHUNK)

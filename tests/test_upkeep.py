@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cell_growth import EVERYWHERE, QUERIES, add, filled
@@ -27,6 +28,28 @@ def test_an_index_that_keeps_itself_compact_compacts_when_it_is_worth_it(tmp_pat
         assert store.snapshot().num_rows == len(index) == 340
         assert index.keep_compact() is upkeep
         assert store.problems() == []
+
+
+def test_an_index_that_is_compacted_while_it_is_saved_is_saved_as_it_is_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = Store.facts
+
+    def compacted(store: Store, *given: Any) -> Any:
+        monkeypatch.setattr(Store, "facts", facts)
+        store.remove([str(n) for n in range(30)])
+        store.compact()
+        return facts(store, *given)
+
+    with filled(tmp_path / "index", 100) as store:
+        index = ImageIndex(store, settings=EVERYWHERE)
+        monkeypatch.setattr(Store, "facts", compacted)
+        index.save(tmp_path / "copy")
+        assert len(index) == 70
+        with ImageIndex.open(tmp_path / "copy") as copy:
+            assert copy.ids == index.ids
+            copy.check()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "index"]
 
 
 def test_what_is_removed_during_a_compaction_is_followed_by_another(

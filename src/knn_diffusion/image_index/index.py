@@ -314,8 +314,12 @@ class ImageIndex:
         target = Path(path)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UsageError(f"expected a new folder for the index, {target} exists: choose another")
-        with atomic_folder(target) as temporary:
-            self._store.copy_to(temporary, sealed=sealed)
+
+        def copy(_: Snapshot) -> None:
+            with atomic_folder(target) as temporary:
+                self._store.copy_to(temporary, sealed=sealed)
+
+        self._store.consistently(copy)
 
     def export(
         self,

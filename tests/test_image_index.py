@@ -275,6 +275,10 @@ def test_training_neighbors_are_rows_of_the_embeddings() -> None:
         mixed = index.neighbor_rows(table[:3], 1, exclude_ids=[[ids[0], ids[rows[0, 0]]], [], ["unknown"]])
         assert mixed[0, 0] != rows[0, 0]
         assert mixed[1:, 0].tolist() != [1, 2]
+        with pytest.raises(
+            UsageError, match="exclude_ids needs one list for each of the 3 queries, got 2: add the rest"
+        ):
+            index.neighbor_rows(table[:3], 1, exclude_ids=[[], []])
 
 
 def test_training_neighbors_are_of_one_moment_whatever_is_removed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

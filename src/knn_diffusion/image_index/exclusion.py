@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from knn_diffusion.retrieval.index import require_one_each
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
@@ -27,8 +28,12 @@ def per_query(excluded: Excluded | None, count: int) -> list[list[str]] | None:
 def excluded_items(
     store: Store, snapshot: Snapshot, excluded: Excluded | None, count: int
 ) -> Int[np.ndarray, "queries most"]:
-    """Places among the snapshot's images of those that each query may not find, filled with -1, also for unknown ids."""
+    """Places among the snapshot's images of those that each query may not find, filled with -1, also for unknown ids.
+
+    Raises: UsageError when there are not as many lists as queries.
+    """
     asked = per_query(excluded, count) or [[]] * count
+    require_one_each(asked, count)
     rows = store.rows_of([one for ids in asked for one in ids], snapshot)
     table = np.full((count, max((len(ids) for ids in asked), default=0)), -1, np.int64)
     filled = np.arange(table.shape[1]) < np.array([len(ids) for ids in asked], np.int64)[:, None]

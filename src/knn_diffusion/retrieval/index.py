@@ -263,6 +263,11 @@ def _check_request(
         raise UsageError(
             f"k must be between 1 and {count}, the number of images in {name}, got {k}: change k or add images"
         )
+    require_one_each(exclude_ids, num_queries)
+
+
+def require_one_each(exclude_ids: Sequence[Collection[str]] | None, num_queries: int) -> None:
+    """Raise UsageError when there is not one list of ids for each query."""
     if exclude_ids is not None and len(exclude_ids) != num_queries:
         raise UsageError(
             f"exclude_ids needs one list for each of the {num_queries} queries, got {len(exclude_ids)}: add the rest"

@@ -274,6 +274,23 @@ def test_a_copy_is_not_removed_when_the_one_that_stays_for_it_is_gone() -> None:
         assert index.ids == ["0", "1", "3"]
 
 
+def test_a_report_of_images_that_left_the_disk_meanwhile_says_so(tmp_path: Path) -> None:
+    with ImageIndex(store_of(at_angles(0, 1, 90, 91))) as index:
+        report = index.dedup()
+        index.remove(["1"])
+        index.compact()
+        for act in (
+            report.remove,
+            report.groups,
+            lambda: list(report.copies()),
+            lambda: report.write(tmp_path / "x.csv"),
+        ):
+            with pytest.raises(StoreError, match="lost images since its copies were looked for .*: look again"):
+                act()
+        assert index.ids == ["0", "2", "3"]
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_read_only_index_is_looked_at_but_not_changed(tmp_path: Path) -> None:
     with Store.create(tmp_path / "index", TOY) as store:
         add(store, at_angles(0, 1))

@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from knn_diffusion.checkpoint import atomic_path
-from knn_diffusion.errors import UsageError
+from knn_diffusion.errors import StoreError, UsageError
 from knn_diffusion.image_index.upkeep import require_writable
 from knn_diffusion.progress import Progress
+from knn_diffusion.retrieval.items import Facts
 from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule, NearDuplicates, find_near_duplicates
-from knn_diffusion.retrieval.segments import Snapshot
+from knn_diffusion.retrieval.segments import CompactedError, Snapshot
 from knn_diffusion.retrieval.store import Store
 
 READ_AT_ONCE = 10_000
@@ -47,6 +48,8 @@ class Group:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DedupReport:
     """The near-duplicates of an index; nothing is removed before `remove` is called.
+
+    Once some of them were removed and compacted away, whatever names images raises StoreError.
 
     store, snapshot  the images, as they were looked at
     rule             when one image repeats another
@@ -108,7 +111,8 @@ class DedupReport:
     def remove(self) -> None:
         """Remove the copies, all of them or none; `compact` takes them off the disk.
 
-        Raises: StoreError for a read-only index; UsageError when a copy, or one that stays for it, was removed meanwhile.
+        Raises: StoreError for a read-only index; UsageError when a copy, or one that stays for it, was removed meanwhile,
+            StoreError when it was compacted away too.
         """
         require_writable(self.store)
         self.store.remove(self._ids(self.found.dropped), self._ids(np.unique(self.found.kept)))
@@ -120,13 +124,22 @@ class DedupReport:
         return {**counts, **asdict(self.rule), "every_pair": self.found.exact}
 
     def _ids(self, rows: Int64[np.ndarray, "rows"]) -> list[str]:
-        return [facts[0] for facts in self.store.facts(rows, self.snapshot)]
+        return [facts[0] for facts in self._facts(rows)]
+
+    def _facts(self, rows: Int64[np.ndarray, "rows"]) -> list[Facts]:
+        try:
+            return self.store.facts(rows, self.snapshot)
+        except CompactedError:
+            raise StoreError(
+                f"{self.store.name} lost images since its copies were looked for (it was compacted): look again"
+            ) from None
 
     def _copies(self, numbers: Int64[np.ndarray, "some"]) -> Iterator[Copy]:
-        gone, kept = (self.store.items(rows[numbers], self.snapshot) for rows in (self.found.dropped, self.found.kept))
+        gone, kept = (self._facts(rows[numbers]) for rows in (self.found.dropped, self.found.kept))
         for one, other, cosine in zip(gone, kept, self.found.cosines[numbers].tolist(), strict=True):
             shown = round(cosine, 6)
-            yield Copy(id=one.id, kept=other.id, cosine=shown, source=one.source, kept_source=other.source)
+            (id_, source), (kept_id, kept_source) = one[:2], other[:2]
+            yield Copy(id=id_, kept=kept_id, cosine=shown, source=source, kept_source=kept_source)
 
 
 def find_copies(

@@ -500,3 +500,35 @@ def test_stored_numbers_are_widened_exactly() -> None:
     stored = np.random.default_rng(0).standard_normal((333, 257)).astype(np.float16)
     assert np.array_equal(widened(stored), stored.astype(np.float32))
     assert widened(stored[:0]).shape == (0, 257)
+
+
+FULL_CELLS = """
+import faulthandler, sys
+import numpy as np
+from knn_diffusion.retrieval.cells import add_rows, empty_like, list_sizes, merged, search_cells, train_index
+
+faulthandler.enable()
+vectors = np.random.default_rng(0).standard_normal((400, 16)).astype(np.float32)
+vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+trained = train_index(sys.argv[1], vectors, 1)
+for held in (32, 63, 64, 96, 128, 256):
+    for more in (1, 31, 32, 33, 100):
+        first, second, whole = (empty_like(trained) for _ in range(3))
+        add_rows(first, vectors[:held], np.arange(held))
+        add_rows(second, vectors[held : held + more], 1000 + np.arange(more))
+        add_rows(whole, vectors[: held + more], np.concatenate([np.arange(held), 1000 + np.arange(more)]))
+        made = merged(first, second)
+        assert (made.ntotal, list_sizes(made).tolist()) == (held + more, [held + more])
+        for depth in (5, held + more):
+            found, expected = (search_cells(one, vectors, depth, 1, None) for one in (made, whole))
+            assert np.array_equal(found, expected), (held, more)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("layout", ["fast-scan", "fast-scan-small", "sq8", "paper"])
+def test_cells_of_any_number_of_rows_take_those_of_another_index(layout: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL_CELLS, layout], capture_output=True, text=True, timeout=120, check=False
+    )  # on its own, since writing beyond its memory ends a process
+    assert ran.stdout == "equal\n", ran.stderr

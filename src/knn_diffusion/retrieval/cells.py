@@ -132,7 +132,30 @@ def empty_like(index: Any) -> Any:
 
 def take_rows(index: Any, other: Any) -> None:
     """Move all rows of `other`, which was trained together with it, into the index; `other` is left empty."""
+    faiss = faiss_module()
+    lists, others = (faiss.downcast_InvertedLists(faiss.extract_index_ivf(one).invlists) for one in (index, other))
+    if isinstance(lists, faiss.BlockInvertedLists):
+        _take_onto_whole_blocks(lists, others)
     index.merge_from(other, 0)
+
+
+def _take_onto_whole_blocks(lists: Any, others: Any) -> None:
+    """Move what lies in cells where faiss would write beyond its memory: their number of rows is a multiple of a block's *bytes*.
+
+    Faiss (1.15.1) then takes such a list for one of whole blocks, as it is, and copies them behind twice its length.
+    """
+    faiss = faiss_module()
+    for cell in range(lists.nlist):
+        held, more = lists.list_size(cell), others.list_size(cell)
+        if not held or not more or held % lists.block_size:
+            continue
+        lists.resize(cell, held + more)
+        first, blocks = held // lists.n_per_block, -(-more // lists.n_per_block)
+        ids, codes = faiss.rev_swig_ptr(lists.get_ids(cell), held + more), lists.get_codes(cell)
+        ids[held:] = faiss.rev_swig_ptr(others.get_ids(cell), more)
+        placed = faiss.rev_swig_ptr(codes, (first + blocks) * lists.block_size)
+        placed[first * lists.block_size :] = faiss.rev_swig_ptr(others.get_codes(cell), blocks * lists.block_size)
+        others.resize(cell, 0)
 
 
 def merged(first: Any, *others: Any) -> Any:

@@ -280,6 +280,8 @@ def test_index_search_filters_by_metadata_and_shows_it(run: Any, index: Path, tm
     found = run(*search, "--where", "width >= 512 AND source LIKE '%.png'", "--json").json["neighbors"]
     assert (Path(found[0]["source"]).name, found[0]["metadata"]) == ("pink.png", {"width": 640})
     assert "metadata" not in run(*search, "--where", "width IS NULL", "--json").json["neighbors"][0]
+    few = run(*search[:-1], 3, "--where", "width >= 512")
+    assert few.err == "found 1 of the 3 asked for: all others are left out by --where, or copies of these\n"
     fails(
         run(*search, "--where", "widht > 5"), 2, "expected a condition over id, source, key, added_at, width, such as"
     )

@@ -206,6 +206,9 @@ def search(
         "neighbors": neighbors,
         "shortfall": int(found.shortfall[0]),
     }
+    if result["shortfall"] and not as_json:
+        others = "copies of these" if where is None else "left out by --where, or copies of these"
+        say(f"found {len(neighbors)} of the {k} asked for: all others are {others}")
     answer(result, as_json, lambda: (f"{one['score']:.3f}  {one['id']}  {one['source']}" for one in neighbors))
 
 

@@ -242,6 +242,7 @@ def test_the_other_columns_of_an_image_table_can_be_metadata(photos: Path) -> No
         ("facts.csv", ["name,width", "a.png,5"], "expected a column source or key that names the image, .* has name, width: "),
         ("facts.csv", ["source,width", "a.png"], r"facts.csv, line 2: expected 2 fields, got 1: mend the line"),
         ("facts.csv", ["source,x,x", "a.png,1,2"], "expected columns of different names, got source, x, x in .*: rename one"),
+        ("facts.csv", [], "expected a line that names the columns of .*facts.csv, it is empty: write one"),
         ("facts.csv", ["source", '"a'], r"expected a CSV table in UTF-8, .* is none \(unexpected end of data\): save it so"),
         ("facts.txt", ["source"], "expected a .csv, .jsonl or .parquet table of metadata, got .*facts.txt: convert it"),
         ("facts.jsonl", ["[]"], "expected a JSON object, got list: mend the line"),

@@ -130,7 +130,8 @@ def _csv_texts(path: Path) -> Iterator[dict[str, str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            header = next(reader, [])
+            if not (header := next(reader, [])):
+                raise UsageError(f"expected a line that names the columns of {path}, it is empty: write one")
             if len(set(header)) < len(header):
                 raise UsageError(f"expected columns of different names, got {', '.join(header)} in {path}: rename one")
             for fields in reader:

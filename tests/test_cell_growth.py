@@ -392,3 +392,19 @@ def test_a_writer_that_never_gets_its_turn_keeps_nothing_and_goes_on(
                 retriever.retrain()
         assert [path.name for path in (tmp_path / "index" / "cache").iterdir()] == [kept.LOCK]
         assert found(retriever) == by_hand(store)
+
+
+def test_a_kept_part_that_another_process_deletes_as_it_is_read_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with filled(tmp_path / "index") as store:
+        LocalRetriever(store, EVERYWHERE, OFF).prepare()
+        whole = kept._whole
+
+        def deleted(folder: Path, digest: str) -> bool:
+            there = whole(folder, digest)
+            kept._path(folder, digest).unlink(missing_ok=True)
+            return there
+
+        monkeypatch.setattr(kept, "_whole", deleted)
+        assert found(LocalRetriever(store, EVERYWHERE, OFF)) == by_hand(store)

@@ -99,12 +99,30 @@ def test_without_texts_their_reach_stays() -> None:
         assert index.retriever.settings == replace(CELLS, image=images.chosen.reach)
 
 
-def test_what_cannot_be_reached_is_said() -> None:
+def test_what_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "PROBES", (1,))
     with made() as index:
-        (images,) = tune(index, target=1.01, k=5, sample=40, save=False)
+        (images,) = tune(index, target=1.0, k=5, sample=40, save=False)
         assert not images.met
         assert images.chosen.recall == max(one.recall for one in images.tried)
         assert index.retriever.settings == CELLS
+
+
+@pytest.mark.parametrize("target", [0.0, 1.01])
+def test_a_recall_that_cannot_be_is_refused(target: float) -> None:
+    with made() as index, pytest.raises(UsageError, match="expected a recall above 0 and at most 1"):
+        tune(index, target=target)
+
+
+def test_recall_is_not_measured_across_a_compaction() -> None:
+    with made() as index:
+        store = index.retriever.store
+        queries = tuning.image_queries(store, 20, 5)
+        store.remove([store.items(np.array([0]))[0].id])
+        assert tuning.measure(index.retriever, queries, CELLS.image).recall > 0
+        store.compact()
+        with pytest.raises(StoreError, match="was compacted while recall was measured on it: measure again"):
+            tuning.measure(index.retriever, queries, CELLS.image)
 
 
 def test_an_index_that_compares_everything_needs_no_tuning() -> None:

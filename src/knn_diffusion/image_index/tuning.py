@@ -141,14 +141,16 @@ def tune(
         sample: images of the index to measure on.
         save: keep the reaches with the index, for all later searches.
 
-    Raises: UsageError when the index compares every image anyway, or is too small for k; StoreError when it is read-only
-        and should keep the reaches.
+    Raises: UsageError when the index compares every image anyway, or is too small for k, and for a recall that cannot be;
+        StoreError when it is read-only and should keep the reaches, or is compacted meanwhile.
     """
     if index.plan().layout == "exact":
         raise UsageError(
             f"expected an index that searches in cells, one of {len(index):,} images compares them all and misses none: "
             "there is nothing to tune"
         )
+    if not 0 < target <= 1:
+        raise UsageError(f"expected a recall above 0 and at most 1, got {target:g}: 0.95 finds 19 of 20 neighbors")
     if retrain:
         index.retrain(progress=progress)
     found = []

@@ -218,7 +218,10 @@ class KeptIndex:
     def _load(self, digest: str) -> Any | None:
         if self.folder is None or not _whole(self.folder, digest):
             return None
-        return read_cells(_path(self.folder, digest))
+        try:
+            return read_cells(_path(self.folder, digest))
+        except (OSError, RuntimeError):  # deleted just now by a process that keeps other cells
+            return None
 
     def _write_facts(self, folder: Path | None, *, begin: bool = False) -> None:
         """Say what there is, unless cells that are not ours took their place; then delete what nothing names any more."""

@@ -23,7 +23,8 @@ from knn_diffusion.shapes import Neighbors
 ABSENT = -1
 SPARE = 8
 """Candidates kept beyond those asked for: for near-copies, and for what float32 ranks differently than float64."""
-_QUERIES = 512  # proposed together
+_QUERIES = 512  # proposed together, at most
+_MAX_PROPOSED = 2**23  # rows proposed together
 _MAX_VALUES = 2**24  # of candidate vectors held at once
 _BLOCK_VALUES = 2**20  # of them ranked together, so that they stay in the processor's cache
 _ONE_THREAD = 2**15  # values that torch widens without its other threads
@@ -140,9 +141,9 @@ class Search:
         reach: Reach,
     ) -> Ranked:
         """The best k of so many candidates, for a bounded number of queries at a time."""
-        parts = []
-        for start in range(0, len(units), _QUERIES):
-            end = min(start + _QUERIES, len(units))
+        parts, together = [], min(_QUERIES, max(1, _MAX_PROPOSED // (fetch * reach.depth)))
+        for start in range(0, len(units), together):
+            end = min(start + together, len(units))
             proposed = self.engine.candidates(units[start:end], fetch, self.snapshot, self.allowed, reach)
             step = max(1, _MAX_VALUES // (proposed.shape[1] * units.shape[1]))
             for first in range(start, end, step):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Float64, Int
 
-from knn_diffusion.errors import UsageError
+from knn_diffusion.errors import StoreError, UsageError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.engines import unit_vectors
 from knn_diffusion.retrieval.index import LocalRetriever
@@ -22,7 +22,7 @@ from knn_diffusion.retrieval.ranking import ABSENT
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
-PROBES = (1, 4, 8, 20, 32, 64, 128, 256, 512, 1024)
+PROBES = (1, 4, 8, 20, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 DEPTHS = (40, 20, 10, 5, 2)
 TIMED_QUERIES = 100
 BLOCK_ROWS = 65_536
@@ -46,6 +46,7 @@ class Queries:
     own       the row of each query if it is an image of the index, which it must not find; -1 otherwise
     truth     rows of the k nearest, best first
     cosines   with the nearest by their rank, at least k of them
+    generation  of the snapshot that the rows are of
     """
 
     modality: Modality
@@ -53,6 +54,7 @@ class Queries:
     own: Int[np.ndarray, "queries"]
     truth: Int[np.ndarray, "queries k"]
     cosines: Float64[np.ndarray, "queries ranks"]
+    generation: int = 0
 
 
 def image_queries(store: Store, count: int, k: int, *, records: range | None = None, seed: int = 0) -> Queries:
@@ -68,7 +70,9 @@ def image_queries(store: Store, count: int, k: int, *, records: range | None = N
     vectors = unit_vectors(store, own, snapshot)
     ranks = min(max(k, RANKS), int(snapshot.alive.sum()) - 1)
     rows, cosines = without(*exact_neighbors(store, snapshot, vectors, ranks + 1), own, ranks)
-    return Queries(modality="image", vectors=vectors, own=own, truth=rows[:, :k], cosines=cosines)
+    return Queries(
+        modality="image", vectors=vectors, own=own, truth=rows[:, :k], cosines=cosines, generation=snapshot.generation
+    )
 
 
 def text_queries(store: Store, vectors: Float32[np.ndarray, "queries dim"], k: int) -> Queries:
@@ -76,7 +80,9 @@ def text_queries(store: Store, vectors: Float32[np.ndarray, "queries dim"], k: i
     snapshot, own = store.snapshot(), np.full(len(vectors), ABSENT)
     ranks = min(max(k, RANKS), len(snapshot.live_rows))
     rows, cosines = exact_neighbors(store, snapshot, vectors, ranks)
-    return Queries(modality="text", vectors=vectors, own=own, truth=rows[:, :k], cosines=cosines)
+    return Queries(
+        modality="text", vectors=vectors, own=own, truth=rows[:, :k], cosines=cosines, generation=snapshot.generation
+    )
 
 
 def exact_neighbors(
@@ -108,7 +114,10 @@ def without(
 
 
 def measure(retriever: LocalRetriever, queries: Queries, reach: Reach) -> Measured:
-    """Recall of all queries together, and the time of some of them one by one."""
+    """Recall of all queries together, and the time of some of them one by one.
+
+    Raises: StoreError when a compaction has numbered the rows anew since the queries were made.
+    """
     k = queries.truth.shape[1]
     wanted = min(k + int((queries.own != ABSENT).any()), len(retriever.store))
     rows, cosines = retriever.nearest(queries.vectors, wanted, reach=reach)
@@ -119,6 +128,8 @@ def measure(retriever: LocalRetriever, queries: Queries, reach: Reach) -> Measur
         started = time.perf_counter()
         retriever.nearest(query[None], wanted, reach=reach)
         times.append(time.perf_counter() - started)
+    if retriever.store.snapshot().generation != queries.generation:
+        raise StoreError(f"{retriever.store.name} was compacted while recall was measured on it: measure again")
     return Measured(reach=reach, recall=float(np.mean(hits)), milliseconds=1000 * float(np.median(times)))
 
 

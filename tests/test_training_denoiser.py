@@ -17,7 +17,8 @@ from knn_diffusion import ImageIndex
 from knn_diffusion.config import from_dict
 from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import ConfigError, UsageError
-from knn_diffusion.model_folder import load_model, load_tokenizer, write_pipeline_file
+from knn_diffusion.model_folder import load_model, write_pipeline_file
+from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.training import neighbors
 from knn_diffusion.training.data import load_pixels
 from knn_diffusion.training.denoiser import DenoiserRun, train_denoiser

@@ -14,9 +14,9 @@ from knn_diffusion.checkpoint import load_part
 from knn_diffusion.config import from_dict
 from knn_diffusion.errors import CheckpointError, ConfigError
 from knn_diffusion.images import pixels_from_uint8
-from knn_diffusion.model_folder import load_tokenizer
 from knn_diffusion.models.discriminator import PatchDiscriminator
 from knn_diffusion.models.tokenizer import TokenizerConfig
+from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.training.data import PixelDataset
 from knn_diffusion.training.loop import TrainingConfig, train
 from knn_diffusion.training.perceptual import PERCEPTIONS

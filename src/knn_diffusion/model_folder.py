@@ -33,7 +33,8 @@ from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, UsageError
 from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
 from knn_diffusion.models.encoders import JointEncoder, load_encoder, save_encoder
-from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
+from knn_diffusion.models.tokenizer_protocol import Tokenizer
+from knn_diffusion.models.tokenizers import load_tokenizer, save_tokenizer
 
 FORMAT_VERSION = 1
 PIPELINE_FILE = "pipeline.json"
@@ -73,7 +74,7 @@ class Model:
 
     name: str
     encoder: JointEncoder
-    tokenizer: VQGAN
+    tokenizer: Tokenizer
     denoiser: Denoiser
     schedule: Schedule
     sampler: SamplerConfig
@@ -145,14 +146,6 @@ def load_model(name_or_folder: str | Path) -> Model:
     return model
 
 
-def load_tokenizer(folder: Path) -> tuple[VQGAN, dict[str, Any]]:
-    """A tokenizer and the facts beside it. Raises: CheckpointError when it is missing or damaged."""
-    part = load_part(folder, kind="tokenizer", config_class=TokenizerConfig)
-    tokenizer = VQGAN(part.config)
-    apply_weights(tokenizer, part.weights, str(folder))
-    return tokenizer.eval().requires_grad_(False), part.extra
-
-
 def load_denoiser(folder: Path) -> tuple[Denoiser, Schedule, dict[str, Any]]:
     """A denoiser, its noise schedule and the facts beside it. Raises: CheckpointError when it is missing or damaged."""
     part = load_part(folder, kind="denoiser", config_class=DenoiserConfig)
@@ -214,9 +207,7 @@ def save_model(model: Model, folder: Path) -> None:
             shutil.copytree(model.folder / part, folder / part)
     if model.folder is None:
         save_encoder(model.encoder, folder / "encoder")
-        save_part(
-            folder / "tokenizer", kind="tokenizer", config=model.tokenizer.config, weights=model.tokenizer.state_dict()
-        )
+        save_tokenizer(model.tokenizer, folder / "tokenizer")
         facts = {"encoder": model.encoder.fingerprint, "schedule": to_dict(model.schedule)}
         weights = model.denoiser.state_dict()
         save_part(folder / "denoiser", kind="denoiser", config=model.denoiser.config, weights=weights, extra=facts)

@@ -75,7 +75,7 @@ class KnnDiffusion:
         self.device = choose_device(device)
         self.dtype = choose_dtype(self.device, dtype)
         self.denoiser = deepcopy(model.denoiser).to(self.device, self.dtype).eval().requires_grad_(False)
-        self.tokenizer = deepcopy(model.tokenizer).to(self.device).eval().requires_grad_(False)
+        self.tokenizer = deepcopy(model.tokenizer).to(self.device)
         self.micro_batch = MICRO_BATCH.get(self.device.type, 1)
         self._index: ImageIndex | None = None
         if index is not None:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from knn_diffusion.config import config, require
-from knn_diffusion.errors import UsageError
+from knn_diffusion.models.tokenizer_protocol import Pixels, check_pixels, check_tokens
 from knn_diffusion.shapes import Tokens
 
-Pixels = Float[Tensor, "batch 3 height width"]
 FeatureMap = Float[Tensor, "batch channels rows columns"]
 
 
@@ -339,6 +338,11 @@ class VQGAN(nn.Module):
         """Side of the token grid."""
         return self.config.grid
 
+    @property
+    def codes(self) -> Float[Tensor, "vocab code_dim"]:
+        """The vector of each code."""
+        return self.quantizer.codes
+
     def forward(self, pixels: Pixels, generator: torch.Generator | None = None) -> Reconstruction:
         """Draw the images again through the codes; with a generator the codes learn from this batch.
 
@@ -353,11 +357,7 @@ class VQGAN(nn.Module):
 
         Raises: UsageError when the images are not of the tokenizer's size.
         """
-        size = self.config.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-            raise UsageError(
-                f"expected images [batch, 3, {size}, {size}], got {list(pixels.shape)}: resize them with images.square first"
-            )
+        check_pixels(pixels, self.config.image_size)
         z = rearrange(self.encoder(pixels), "b c y x -> (b y x) c").float()
         return self.quantizer.nearest(z).view(len(pixels), -1)
 
@@ -367,15 +367,8 @@ class VQGAN(nn.Module):
 
         Raises: UsageError when the grid has another size or a token is none of the codes (as [MASK] is).
         """
-        cells, vocab = self.grid**2, self.vocab_size
-        if tokens.ndim != 2 or tokens.shape[1] != cells:
-            raise UsageError(
-                f"expected tokens [batch, {cells}], got {list(tokens.shape)}: use this tokenizer's own tokens"
-            )
-        low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
-        if low < 0 or high >= vocab:
-            raise UsageError(f"expected tokens in [0, {vocab}), got {low} … {high}: denoise every [MASK] first")
-        codes = rearrange(self.quantizer.codes[tokens], "b (y x) c -> b c y x", y=self.grid)
+        check_tokens(tokens, self.grid, self.vocab_size)
+        codes = rearrange(self.codes[tokens], "b (y x) c -> b c y x", y=self.grid)
         return self.decoder(codes).float().clamp(-1, 1)
 
 

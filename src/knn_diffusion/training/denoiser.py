@@ -26,14 +26,14 @@ from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import from_array, grid, uint8_from_pixels
 from knn_diffusion.model_folder import (
     load_denoiser,
-    load_tokenizer,
     read_pipeline_file,
     resolve_model,
     write_pipeline_file,
 )
 from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
 from knn_diffusion.models.encoders import save_encoder
-from knn_diffusion.models.tokenizer import VQGAN
+from knn_diffusion.models.tokenizer_protocol import Tokenizer
+from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.shapes import Condition
 from knn_diffusion.training.data import Batch, Notice, Reporter, keep_pictures, load_pixels
@@ -103,7 +103,9 @@ class DenoiserRun:
 class DenoiserObjective:
     """Algorithm 1 over cached tokens, embeddings and neighbor lists; an `Objective` of the training loop."""
 
-    def __init__(self, run: DenoiserRun, validation: DenoiserData, tokenizer: VQGAN, encoder_fingerprint: str) -> None:
+    def __init__(
+        self, run: DenoiserRun, validation: DenoiserData, tokenizer: Tokenizer, encoder_fingerprint: str
+    ) -> None:
         self.run = run
         self.settings: Mapping[str, object] = to_dict(run)
         self.validation = validation
@@ -111,7 +113,7 @@ class DenoiserObjective:
         self.encoder_fingerprint = encoder_fingerprint
         self.denoiser = Denoiser(run.denoiser)
         if self.denoiser.code_traits is not None:
-            self.denoiser.code_traits.take(tokenizer.quantizer.codes)
+            self.denoiser.code_traits.take(tokenizer.codes)
         self.step_sampler = StepSampler(run.schedule.num_steps, run.step_sampling)
         steps = min(16, run.schedule.num_steps)
         self.sampler = SamplerConfig(num_steps=steps, order="halton", guidance_scale=1.5)

@@ -17,7 +17,7 @@ from knn_diffusion.checkpoint import weights_digest
 from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.models.encoders import JointEncoder
-from knn_diffusion.models.tokenizer import VQGAN
+from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.retrieval.neighbors import EVERY_PAIR
 from knn_diffusion.training.data import Batch, PixelSet, Reporter, cached_array
 
@@ -68,7 +68,7 @@ class DenoiserData:
 
 
 def prepare(
-    pixels: PixelSet, index: ImageIndex, tokenizer: VQGAN, k: int, cache: Path, progress: Reporter | None = None
+    pixels: PixelSet, index: ImageIndex, tokenizer: Tokenizer, k: int, cache: Path, progress: Reporter | None = None
 ) -> DenoiserData:
     """Lines 2, 5 and 7 of Algorithm 1 for all images, each kept in `cache` under what it was made from.
 
@@ -112,7 +112,7 @@ def _require_unchanged(index: ImageIndex, digest: str) -> None:
 
 
 def encode_tokens(
-    array: UInt8[np.ndarray, "items height width 3"], tokenizer: VQGAN, progress: Reporter | None = None
+    array: UInt8[np.ndarray, "items height width 3"], tokenizer: Tokenizer, progress: Reporter | None = None
 ) -> Integer[np.ndarray, "items seq"]:
     """The codes of every image, in the smallest integer type that holds them."""
     kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32

@@ -19,9 +19,10 @@ from knn_diffusion.checkpoint import apply_weights, save_part
 from knn_diffusion.config import config, require, to_dict
 from knn_diffusion.errors import UsageError
 from knn_diffusion.images import from_array, grid, pixels_from_uint8, uint8_from_pixels
-from knn_diffusion.model_folder import load_tokenizer, resolve_model
+from knn_diffusion.model_folder import resolve_model
 from knn_diffusion.models.discriminator import PatchDiscriminator
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig, codebook_perplexity
+from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.training.data import Batch, Notice, PixelDataset, Reporter, keep_pictures, load_pixels
 from knn_diffusion.training.loop import (
     Phase,

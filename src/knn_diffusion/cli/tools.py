@@ -23,6 +23,13 @@ class Split(StrEnum):
     ALL = "all"
 
 
+class PartName(StrEnum):
+    """The parts that a checkpoint can hold."""
+
+    DENOISER = "denoiser"
+    TOKENIZER = "tokenizer"
+
+
 @dataset_app.callback()
 def dataset() -> None:
     """Make data sets."""
@@ -108,30 +115,52 @@ def convert(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A .pth, .ckpt, .bin or .safetensors, or a folder of diffusers'.",
+            help="A .pth, .ckpt, .bin or .safetensors, or a folder of diffusers'; with --codes also a tokenizer of ours.",
             show_default=False,
         ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder of the part.", show_default=False)],
     *,
+    part: Annotated[
+        PartName | None,
+        typer.Option("--part", help="Which part of a checkpoint that holds both.", show_default="denoiser"),
+    ] = None,
     heads: Annotated[
         int | None,
-        typer.Option("--heads", help="Attention heads, where the checkpoint does not tell; 16 by default.", min=1),
+        typer.Option(
+            "--heads",
+            help="Attention heads of a denoiser, where the checkpoint does not tell.",
+            min=1,
+            show_default="16",
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", help="Side in pixels of a tokenizer's images.", min=1, show_default="256"),
+    ] = None,
+    codes: Annotated[
+        Path | None,
+        typer.Option(
+            "--codes", help="Keep only these codes of a tokenizer: a file of count-codes or VQ-Diffusion's map."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a VQ-Diffusion checkpoint into a denoiser of this package; no code of the file is run.
+    """Turn a checkpoint of VQ-Diffusion or taming-transformers into a part of this package; no code of the file is run.
 
     Example: knn-diffusion convert coco_pretrained.pth coco/denoiser
     """
     from knn_diffusion.convert.part import convert as write_part
 
-    made = write_part(checkpoint, folder, heads=heads)
+    named: Any = None if part is None else part.value
+    made = write_part(checkpoint, folder, part=named, heads=heads, image_size=image_size, codes=codes)
 
     def lines() -> Iterator[str]:
         yield f"recognized {made.recognized}: a {made.part} of {made.parameters:,} values, now in {folder}"
         if made.null:
             yield "the condition that it was trained with for guidance lies beside the weights"
+        if made.also:
+            yield f"the checkpoint also holds a {made.also}: convert it with --part {made.also}"
 
     answer({"folder": str(folder.absolute()), **made.to_dict()}, as_json, lines)
 

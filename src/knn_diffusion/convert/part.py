@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from knn_diffusion.checkpoint import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     atomic_folder,
     atomic_write_bytes,
     file_digest,
@@ -16,16 +20,18 @@ from knn_diffusion.checkpoint import (
     save_weights,
 )
 from knn_diffusion.config import to_dict
-from knn_diffusion.convert import vq_diffusion
+from knn_diffusion.convert import taming, vq_diffusion
+from knn_diffusion.convert.codes import CODES_FILE, keep, read_used_codes
+from knn_diffusion.convert.fit import some
 from knn_diffusion.convert.legacy import read_tensors
+from knn_diffusion.convert.source import PartName, Source, find_source
 from knn_diffusion.errors import CheckpointError, UsageError
+from knn_diffusion.models.tokenizers import KINDS, load_tokenizer_part
 
 NULL_FILE = "null_condition.safetensors"
 """The condition that VQ-Diffusion was trained with for guidance, as `y` [slots, dim]."""
-WEIGHTS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin"))
-SIGMOID_GELU = {"geglu-approximate": True, "gelu": False}
-"""How diffusers calls the two."""
-CUMULATIVE = {"alpha_cum_start": 0.99999, "alpha_cum_end": 9e-6, "gamma_cum_start": 9e-6, "gamma_cum_end": 0.99999}
+IMAGE_SIZE = 256
+"""Of every published tokenizer; shapes do not tell it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +44,7 @@ class Conversion:
     source       the file they came from
     sha256       its digest
     null         whether a trained null condition lies beside the weights
+    also         another part that the checkpoint holds, which was not converted
     """
 
     part: str
@@ -46,6 +53,7 @@ class Conversion:
     source: str
     sha256: str
     null: bool
+    also: PartName | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -53,36 +61,72 @@ class Conversion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Source:
-    """A weights file, and what the folder it lies in says of it."""
+class _Part:
+    """What goes into a part folder; `beside` are small files of tensors."""
 
-    weights: Path
-    heads: int | None = None
-    sigmoid_gelu: bool = True
-    null: Path | None = None
+    kind: str
+    recognized: str
+    config: object
+    weights: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
-def convert(checkpoint: Path, folder: Path, *, heads: int | None = None) -> Conversion:
+def convert(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    part: PartName | None = None,
+    heads: int | None = None,
+    image_size: int | None = None,
+    codes: Path | None = None,
+) -> Conversion:
     """Write the part that a checkpoint holds; nothing of the checkpoint is run.
 
     Args:
-        checkpoint: a file of microsoft's VQ-Diffusion, or a folder of diffusers' with or without its pipeline around it.
+        checkpoint: a file of VQ-Diffusion's, taming's or latent diffusion's, a folder of diffusers' with or without its
+            pipeline around it, or, with `codes`, a tokenizer of this package.
         folder: a new one.
-        heads: of the attentions, where nothing in the checkpoint tells it; VQ-Diffusion's 16 by default.
-    Raises: UsageError when `folder` holds files; CheckpointError when the checkpoint is damaged, of another network or
-    put together wrongly.
+        part: which one, of a checkpoint that holds both; the denoiser when nothing is said.
+        heads: of a denoiser's attentions, where nothing in the checkpoint tells it; VQ-Diffusion's 16 by default.
+        image_size: side in pixels of a tokenizer's images, which no checkpoint tells; 256 by default.
+        codes: file of the codes that the tokenizer is to keep, see `codes.read_used_codes`.
+    Raises: UsageError when `folder` holds files or `codes` come with a denoiser; CheckpointError when the checkpoint is
+    damaged, of another network or put together wrongly.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"expected a new or empty folder to write to, {folder} holds files: choose another name")
-    source = _in_folder(checkpoint) if checkpoint.is_dir() else _Source(weights=checkpoint)
+    also: PartName | None = None
+    if _is_our_tokenizer(checkpoint):
+        if codes is None:
+            raise UsageError(f"expected a checkpoint to convert, {checkpoint} is ours already: use it, or add --codes")
+        weights, made = checkpoint / WEIGHTS_FILE, _our_tokenizer(checkpoint)
+    else:
+        source = find_source(checkpoint, part)
+        weights = source.weights
+        made, also = _read(source, part, heads, image_size or IMAGE_SIZE)
+    if codes is not None:
+        made = _keep(made, codes)
+    return _write(made, folder, weights, also)
+
+
+def _read(source: Source, part: PartName | None, heads: int | None, image_size: int) -> tuple[_Part, PartName | None]:
+    """The part in a checkpoint, and the name of the other one when there is one."""
     tensors = read_tensors(source.weights)
-    found = vq_diffusion.find(tensors)
-    if found is None:
-        some = ", ".join(list(tensors)[: vq_diffusion.SHOWN]) or "none"
-        raise CheckpointError(
-            f"expected the transformer of VQ-Diffusion, {source.weights} holds {len(tensors)} tensors ({some}) and no "
-            f"{vq_diffusion.ANCHOR}: see docs/converting.md for what can be converted"
-        )
+    transformer = vq_diffusion.find(tensors) if part != "tokenizer" else None
+    tokenizer = taming.find(tensors) if part != "denoiser" else None
+    if transformer is not None:
+        return _denoiser(transformer, source, heads), "tokenizer" if tokenizer or "tokenizer" in source.parts else None
+    if tokenizer is not None:
+        return _tokenizer(tokenizer, image_size), None
+    wanted = {"denoiser": f"transformer ({vq_diffusion.ANCHOR})", "tokenizer": f"tokenizer ({taming.ANCHOR})"}
+    raise CheckpointError(
+        f"expected VQ-Diffusion's {' or '.join(wanted[one] for one in wanted if part in (None, one))}, {source.weights} holds "
+        f"{len(tensors)} other tensors ({some(list(tensors))}): see docs/converting.md for what can be converted"
+    )
+
+
+def _denoiser(found: vq_diffusion.Found, source: Source, heads: int | None) -> _Part:
     asked = heads or source.heads or vq_diffusion.HEADS
     config = vq_diffusion.denoiser_config(found, heads=asked, sigmoid_gelu=source.sigmoid_gelu)
     schedule = vq_diffusion.schedule_of(found, config)
@@ -92,20 +136,62 @@ def convert(checkpoint: Path, folder: Path, *, heads: int | None = None) -> Conv
             f"expected a null condition of finite {config.condition_dim}-d slots, got {list(null.shape)}: "
             "download the checkpoint again"
         )
-    weights = vq_diffusion.denoiser_weights(found, config)
-    made = Conversion(
-        part="denoiser",
+    return _Part(
+        kind="denoiser",
         recognized=found.layout,
-        parameters=sum(tensor.numel() for tensor in weights.values()),
-        source=source.weights.name,
-        sha256=file_digest(source.weights),
-        null=null is not None,
+        config=config,
+        weights=vq_diffusion.denoiser_weights(found, config),
+        facts={"schedule": to_dict(schedule)},
+        beside={} if null is None else {NULL_FILE: {"y": null.float()}},
+    )
+
+
+def _tokenizer(found: taming.Found, image_size: int) -> _Part:
+    config = taming.tokenizer_config(found, image_size=image_size)
+    weights = taming.tokenizer_weights(found)
+    return _Part(kind="taming-tokenizer", recognized=found.layout, config=config, weights=weights)
+
+
+def _is_our_tokenizer(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and read_facts(folder / CONFIG_FILE).get("kind") in KINDS
+
+
+def _our_tokenizer(folder: Path) -> _Part:
+    kind, part = load_tokenizer_part(folder)
+    beside = {CODES_FILE: read_tensors(folder / CODES_FILE)} if (folder / CODES_FILE).is_file() else {}
+    return _Part(
+        kind=kind, recognized="knn-diffusion", config=part.config, weights=part.weights, facts=part.extra, beside=beside
+    )
+
+
+def _keep(made: _Part, file: Path) -> _Part:
+    """The same tokenizer with the codes that a file lists, and the list beside it."""
+    if made.kind not in KINDS:
+        raise UsageError("expected a tokenizer to keep some codes of, got a denoiser: leave out --codes, or add --part")
+    before: Any = made.config
+    used = read_used_codes(file, before.vocab_size)
+    config, weights = keep(before, made.weights, used)
+    original = made.beside[CODES_FILE]["used"][used] if CODES_FILE in made.beside else used
+    recognized = f"{made.recognized}, {len(used):,} of {before.vocab_size:,} codes"
+    return replace(made, recognized=recognized, config=config, weights=weights, beside={CODES_FILE: {"used": original}})
+
+
+def _write(part: _Part, folder: Path, weights: Path, also: PartName | None) -> Conversion:
+    made = Conversion(
+        part=part.kind,
+        recognized=part.recognized,
+        parameters=sum(tensor.numel() for tensor in part.weights.values()),
+        source=weights.name,
+        sha256=file_digest(weights),
+        null=NULL_FILE in part.beside,
+        also=also,
     )
     with atomic_folder(folder) as temporary:
-        facts = {"schedule": to_dict(schedule), "origin": made.to_dict()}
-        save_part(temporary, kind=made.part, config=config, weights=weights, extra=facts)
-        if null is not None:
-            save_weights(temporary / NULL_FILE, {"y": null.float()})
+        before = {"before": part.facts["origin"]} if "origin" in part.facts else {}
+        facts = {**part.facts, "origin": {**made.to_dict(), **before}}
+        save_part(temporary, kind=part.kind, config=part.config, weights=part.weights, extra=facts)
+        for name, tensors in part.beside.items():
+            save_weights(temporary / name, tensors)
         atomic_write_bytes(temporary / "README.md", card(made).encode())
     return made
 
@@ -115,40 +201,4 @@ def card(made: Conversion) -> str:
     return (
         f"A {made.part} for knn-diffusion, converted from `{made.source}` (SHA-256 `{made.sha256}`) in the layout of "
         f"{made.recognized}. Its license is that of the original.\n"
-    )
-
-
-def _in_folder(folder: Path) -> _Source:
-    """What a folder of diffusers holds: the transformer itself, or a pipeline around it.
-
-    Raises: CheckpointError when it is another model's, or its pipeline has another schedule.
-    """
-    inside = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    weights = next((inside / name for name in WEIGHTS if (inside / name).is_file()), None)
-    if weights is None or not (inside / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"expected {CONFIG_FILE} and {' or '.join(WEIGHTS)} in {inside}, found none: name the folder of diffusers' "
-            "transformer, or the checkpoint itself"
-        )
-    facts = read_facts(inside / CONFIG_FILE)
-    for name, value, known in (
-        ("activation_fn", facts.get("activation_fn"), SIGMOID_GELU),
-        ("norm_eps", facts.get("norm_eps", 1e-5), (1e-5,)),
-    ):
-        if value not in known:
-            raise CheckpointError(
-                f"expected {name} to be {' or '.join(map(str, known))} in {inside / CONFIG_FILE}, got {value}: "
-                "convert a VQ-Diffusion model"
-            )
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    constants = read_facts(scheduler) if inside != folder and scheduler.is_file() else {}
-    other = [name for name, value in CUMULATIVE.items() if abs(constants.get(name, value) - value) > 1e-9]
-    if other:
-        raise CheckpointError(f"expected VQ-Diffusion's released noise schedule, {scheduler} has another {other[0]}")
-    embeddings = folder / "learned_classifier_free_sampling_embeddings"
-    return _Source(
-        weights=weights,
-        heads=facts.get("num_attention_heads"),
-        sigmoid_gelu=SIGMOID_GELU[str(facts["activation_fn"])],
-        null=next((embeddings / name for name in WEIGHTS if (embeddings / name).is_file()), None),
     )

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from knn_diffusion.convert.fit import check_names, check_values
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.errors import CheckpointError
 from knn_diffusion.models.denoiser import DenoiserConfig
 
 HEADS = 16
 """Of every published model; shapes do not tell it."""
-SHOWN = 3
-"""Names that an error lists."""
 DIFFUSERS = (
     (r"^content_emb\.", "latent_image_embedding."),
     (r"^blocks\.", "transformer_blocks."),
@@ -129,32 +128,11 @@ def denoiser_config(found: Found, *, heads: int, sigmoid_gelu: bool) -> Denoiser
     ConfigError when the heads do not divide the width.
     """
     tensors, spelled = found.tensors, found.spelled
-    expected = set(_names(found.depth))
-    missing = [spelled[name] for name in _names(found.depth) if name not in tensors]
-    extra = [spelled[name] for name in tensors if name not in expected]
-    if missing or extra:
-        raise CheckpointError(
-            f"expected {found.layout} transformer of {found.depth} blocks, got {len(missing)} tensors too few ({_some(missing)}) "
-            f"and {len(extra)} too many ({_some(extra)}): convert a text-to-image model"
-        )
+    what = f"{found.layout} transformer of {found.depth} blocks"
+    check_names(what, list(_names(found.depth)), tensors, spelled, "convert a text-to-image model")
     config = _sizes(tensors, found.depth, heads, sigmoid_gelu)
-    for name, shape in _shapes(config).items():
-        if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(
-                f"expected {spelled[name]} of shape {list(shape)}, got {list(tensors[name].shape)}: "
-                "the checkpoint is of another network or put together from several"
-            )
-    broken = [spelled[name] for name, value in tensors.items() if not value.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f"expected finite weights, got NaN or infinity in {len(broken)} tensors ({_some(broken)}): "
-            "download the checkpoint again or take one from before its training failed"
-        )
+    check_values(_shapes(config), tensors, spelled)
     return config
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "") or "none"
 
 
 def _sizes(tensors: Mapping[str, Tensor], depth: int, heads: int, sigmoid_gelu: bool) -> DenoiserConfig:

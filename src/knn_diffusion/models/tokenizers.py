@@ -7,10 +7,14 @@ from typing import Any
 
 from knn_diffusion.checkpoint import CONFIG_FILE, LoadedPart, apply_weights, load_part, read_facts, save_part
 from knn_diffusion.errors import UsageError
+from knn_diffusion.models.taming import TamingConfig, TamingTokenizer
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
 from knn_diffusion.models.tokenizer_protocol import Tokenizer
 
-KINDS: dict[str, tuple[type, type]] = {"tokenizer": (TokenizerConfig, VQGAN)}
+KINDS: dict[str, tuple[type, type]] = {
+    "tokenizer": (TokenizerConfig, VQGAN),
+    "taming-tokenizer": (TamingConfig, TamingTokenizer),
+}
 """Kind of part -> its configuration and its network."""
 
 

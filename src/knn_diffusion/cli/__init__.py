@@ -22,6 +22,7 @@ from knn_diffusion.cli import (
     index_exchange,
     index_push,
     index_tune,
+    tokenizer,
     tools,
     train,
 )
@@ -46,6 +47,7 @@ index.app.command()(index_compact.compact)
 index.app.command()(index_push.push)
 app.add_typer(index.app, name="index")
 app.add_typer(train.app, name="train")
+app.add_typer(tokenizer.app, name="tokenizer")
 app.command("evaluate")(tools.evaluate)
 app.add_typer(tools.dataset_app, name="dataset")
 app.command("convert")(tools.convert)

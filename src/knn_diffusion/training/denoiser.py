@@ -280,13 +280,14 @@ def train_denoiser(
         init: bundled name or folder of a model to go on from: its tokenizer is used, its denoiser's weights start the run.
         notice: told in a line what was skipped, and what a resumed run asks for anew.
 
-    Raises: UsageError when there is neither a tokenizer nor a model to go on from, the images are too few, or a resumed run
-        was begun with others;
+    Raises: UsageError when there is neither a tokenizer nor a model to go on from, the tokenizer is of another size than the
+        denoiser, the images are too few, or a resumed run was begun with others;
         FingerprintError when that model was trained with another encoder than the index.
     """
     check_output(output, resume)
     tokenizer_folder = _tokenizer_folder(tokenizer, init)
     parts, _ = load_tokenizer(tokenizer_folder)
+    check_tokenizer(run.denoiser, parts)
     parts.to(choose_device(device))
     pixels = load_pixels(sources, parts.config.image_size, output / "cache", report, notice)
     keep_pictures(output, pixels.digest, len(pixels.ids))
@@ -307,6 +308,22 @@ def train_denoiser(
         watch=watch,
         notice=notice,
     )
+
+
+def check_tokenizer(config: DenoiserConfig, tokenizer: Tokenizer) -> None:
+    """Hold the sizes of a denoiser to be trained against its tokenizer.
+
+    Raises: UsageError when vocabulary, grid or width of the codes differ.
+    """
+    sizes = {"vocab_size": tokenizer.vocab_size, "grid": tokenizer.grid}
+    sizes |= {"code_dim": tokenizer.codes.shape[1]} if config.code_dim else {}
+    for name, got in sizes.items():
+        if (asked := getattr(config, name)) != got:
+            also = f" --set schedule.vocab_size={got}" if name == "vocab_size" else ""
+            raise UsageError(
+                f"expected a tokenizer with {name} {asked}, got one with {got}: add --set denoiser.{name}={got}{also}, or "
+                "name another --tokenizer"
+            )
 
 
 def validation_count(items: int) -> int:

@@ -22,6 +22,8 @@ from knn_diffusion.retrieval.neighbors import EVERY_PAIR
 from knn_diffusion.training.data import Batch, PixelSet, Reporter, cached_array
 
 CHUNK = 256
+TOKENIZED_PIXELS = 2**20
+"""Pixels that a tokenizer sees at once: 256 images of 64 pixels, 16 of 256, some gigabytes in a paper-sized network."""
 ABSENT = -1
 WHOLE = "neighbors-of-the-index.npy"
 """The lists of all images of the index, until those of the run's own images are kept."""
@@ -117,11 +119,12 @@ def encode_tokens(
     """The codes of every image, in the smallest integer type that holds them."""
     kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     device = next(tokenizer.parameters()).device
+    at_once = max(1, TOKENIZED_PIXELS // array[0, ..., 0].size)
     parts = []
-    for start in range(0, len(array), CHUNK):
-        pixels = images.pixels_from_uint8(array[start : start + CHUNK]).to(device)
+    for start in range(0, len(array), at_once):
+        pixels = images.pixels_from_uint8(array[start : start + at_once]).to(device)
         parts.append(tokenizer.encode(pixels).cpu().numpy().astype(kind))
-        _tell(progress, "tokenizing", start, len(array))
+        _tell(progress, "tokenizing", start + at_once, len(array))
     return np.concatenate(parts)
 
 
@@ -133,7 +136,7 @@ def encode_images(
     for start in range(0, len(array), CHUNK):
         pictures = [Image.fromarray(one) for one in array[start : start + CHUNK]]
         parts.append(encoder.encode_images(pictures).astype(np.float16))
-        _tell(progress, "embedding", start, len(array))
+        _tell(progress, "embedding", start + CHUNK, len(array))
     return np.concatenate(parts)
 
 
@@ -161,10 +164,10 @@ def find_neighbors(
         rows = slice(start, start + CHUNK)
         found = index.neighbor_rows(queries[rows].astype(np.float32), k, exclude_ids=[[one] for one in ids[rows]])
         table[rows] = found
-        _tell(progress, "finding neighbors", start, len(queries))
+        _tell(progress, "finding neighbors", start + CHUNK, len(queries))
     return table
 
 
-def _tell(progress: Reporter | None, what: str, start: int, total: int) -> None:
+def _tell(progress: Reporter | None, what: str, done: int, total: int) -> None:
     if progress is not None:
-        progress(what, min(start + CHUNK, total), total)
+        progress(what, min(done, total), total)

@@ -29,6 +29,7 @@ LAYERS = {
     "models": 2,
     "retrieval": 2,
     "models.encoders": 3,
+    "models.text_states": 3,
     "image_index": 4,
     "model_folder": 4,
     "request": 4,

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from knn_diffusion.cli import main
-from knn_diffusion.convert.part import NULL_FILE, convert
+from knn_diffusion.convert.part import convert
 from knn_diffusion.diffusion.process import Schedule, posterior
 from knn_diffusion.errors import CheckpointError, ConfigError, UsageError
 from knn_diffusion.model_folder import load_denoiser
+from knn_diffusion.models.text_states import NULL_FILE
 from knn_diffusion.shapes import Condition
 
 pytestmark = pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated:FutureWarning")
@@ -307,14 +308,3 @@ def test_folders_of_other_models_are_one_line(tmp_path: Path, peer: Any) -> None
         convert(tmp_path / "theirs", tmp_path / "ours")
     with pytest.raises(UsageError, match="holds files: choose another name"):
         convert(tmp_path / "theirs", tmp_path / "theirs")
-
-
-def test_the_page_shows_how_to_draw_with_one(tmp_path: Path, peer: Any) -> None:
-    convert(microsoft_file(tmp_path / "x.pth", peer), tmp_path / "ours", heads=HEADS)
-    page = (Path(__file__).parents[1] / "docs" / "converting.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names: dict[str, Any] = {"folder": tmp_path / "ours", "states": inputs(0)[1]}
-    with torch.inference_mode():
-        exec(compile(block, "example", "exec"), names)
-    assert names["tokens"].shape == (2, GRID**2)
-    assert names["tokens"].max() < VOCAB

@@ -39,11 +39,14 @@ def vq_model(seed: int = 0, **changes: object) -> Any:
         "num_vq_embeddings": VOCAB,
         "vq_embed_dim": CODE,
     }
-    model = VQModel(**(sizes | changes)).eval()
+    sizes |= changes
+    model = VQModel(**sizes).eval()
     for parameter in model.parameters():  # biases and norms too: zeros and ones would hide an exchange
         torch.nn.init.normal_(parameter, std=0.15)
     some = latents_by(model, pictures(8)).flatten(0, 1)
-    model.quantize.embedding.weight.data = some[torch.randperm(len(some))[:VOCAB]] * 1.01  # codes that get used
+    model.quantize.embedding.weight.data = (
+        some[torch.randperm(len(some))[: sizes["num_vq_embeddings"]]] * 1.01
+    )  # codes that get used
     return model
 
 

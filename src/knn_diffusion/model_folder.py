@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from knn_diffusion.checkpoint import (
     CONFIG_FILE,
     apply_weights,
@@ -23,6 +27,7 @@ from knn_diffusion.checkpoint import (
     load_part,
     read_facts,
     save_part,
+    save_weights,
     stored_config,
     write_json,
 )
@@ -33,6 +38,7 @@ from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, UsageError
 from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
 from knn_diffusion.models.encoders import JointEncoder, load_encoder, save_encoder
+from knn_diffusion.models.text_states import NULL_FILE, load_null, states_shape
 from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.models.tokenizers import load_tokenizer, save_tokenizer
 
@@ -81,6 +87,10 @@ class Model:
     k: int = 10
     query_weight: float = 1.0
     facts: dict[str, Any] = field(default_factory=dict)
+    reads_text: bool = False
+    """Whether the denoiser reads the states of a text instead of neighbors, as VQ-Diffusion's do."""
+    null: Float[Tensor, "slots dim"] | None = None
+    """What a denoiser of texts was trained with for guidance; without it the empty text stands for none."""
     folder: Path | None = None
     """Where the parts were read from; None for parts that were never saved."""
 
@@ -140,6 +150,8 @@ def load_model(name_or_folder: str | Path) -> Model:
         k=file.k,
         query_weight=file.query_weight,
         facts=file.facts,
+        reads_text=facts.get("reads") == "text",
+        null=load_null(folder / "denoiser"),
         folder=folder,
     )
     check_fit(model, facts.get("encoder"))
@@ -189,8 +201,11 @@ def check_fit(model: Model, trained_with: str | None) -> None:
             f"({model.encoder.fingerprint[:24]}): restore that encoder or train the denoiser again"
         )
     reads = model.denoiser.config
+    slots, width = states_shape(model.encoder) if model.reads_text else (0, model.encoder.dim)
+    null = model.null if model.null is not None else torch.zeros(slots, width)
     for what, expected, got in (
-        ("embeddings of width", reads.condition_dim, model.encoder.dim),
+        ("embeddings of width", reads.condition_dim, width),
+        ("a null condition of shape", [slots, width], list(null.shape)),
         ("a vocabulary of", reads.vocab_size, model.tokenizer.vocab_size),
         ("a grid of side", reads.grid, model.tokenizer.grid),
         ("a schedule for a vocabulary of", reads.vocab_size, model.schedule.vocab_size),
@@ -209,8 +224,11 @@ def save_model(model: Model, folder: Path) -> None:
         save_encoder(model.encoder, folder / "encoder")
         save_tokenizer(model.tokenizer, folder / "tokenizer")
         facts = {"encoder": model.encoder.fingerprint, "schedule": to_dict(model.schedule)}
+        facts |= {"reads": "text"} if model.reads_text else {}
         weights = model.denoiser.state_dict()
         save_part(folder / "denoiser", kind="denoiser", config=model.denoiser.config, weights=weights, extra=facts)
+        if model.null is not None:
+            save_weights(folder / "denoiser" / NULL_FILE, {"y": model.null})
     write_pipeline_file(
         folder,
         name=model.name,

@@ -34,6 +34,7 @@ from knn_diffusion.errors import FingerprintError, StoreError, UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import from_array, open_image, pixels_from_uint8, square, to_array, uint8_from_pixels
 from knn_diffusion.model_folder import Model, load_model, replace_model_folder, save_model
+from knn_diffusion.models.text_states import text_states
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.request import (
     Callback,
@@ -76,6 +77,10 @@ class KnnDiffusion:
         self.dtype = choose_dtype(self.device, dtype)
         self.denoiser = deepcopy(model.denoiser).to(self.device, self.dtype).eval().requires_grad_(False)
         self.tokenizer = deepcopy(model.tokenizer).to(self.device)
+        self.null: Tensor | None = None  # y' = 0
+        if model.reads_text:
+            null = text_states(model.encoder, [""])[0] if model.null is None else model.null
+            self.null = null.to(self.device)
         self.micro_batch = MICRO_BATCH.get(self.device.type, 1)
         self._index: ImageIndex | None = None
         if index is not None:
@@ -151,6 +156,10 @@ class KnnDiffusion:
         """The checked settings; a k that nobody gave is at most what the index holds."""
         model = self.model
         k = min(model.k, max(1, len(self._index))) if self._index is not None else model.k
+        if model.reads_text:
+            k = 0
+            if settings.get("k"):
+                raise UsageError(f"expected no k, {model.name} reads the text and no neighbors: leave it out")
         return check_request(settings, sampler=model.sampler, k=k, query_weight=model.query_weight)
 
     def generate(self, prompt: str, request: Request) -> Output:
@@ -179,7 +188,8 @@ class KnnDiffusion:
             raise UsageError(f"expected strength from 0 to 1, got {strength}: 0 leaves the image, 1 starts anew")
         reference = square(open_image(image), self.image_size)
         condition, neighbors = self.retrieve(check_prompt(prompt), request)
-        condition = replace_first_neighbor(condition, self._embed_image(reference))
+        if not self.model.reads_text:
+            condition = replace_first_neighbor(condition, self._embed_image(reference))
         trained = self.model.schedule.num_steps
         start_step = round(strength * trained)
         images = [reference.copy() for _ in range(request.num_images)]
@@ -195,8 +205,13 @@ class KnnDiffusion:
     def retrieve(self, prompt: str, request: Request) -> tuple[Condition, NeighborList]:
         """Algorithm 2, lines 2-4: the text's embedding and its K nearest images become y (Eq. 5), one row.
 
+        For a denoiser of texts it is the states of the text, without any neighbors.
+
         Raises: UsageError when the index holds fewer than k images.
         """
+        if self.model.reads_text:
+            states = text_states(self.model.encoder, [prompt])
+            return Condition(y=states, present=torch.ones(states.shape[:2], dtype=torch.bool)), NeighborList()
         query = self.model.encoder.encode_texts([prompt])  # 1 dim
         if request.k == 0:
             return make_condition(torch.from_numpy(query), torch.zeros(1, 0, query.shape[1])), NeighborList()
@@ -244,7 +259,7 @@ class KnnDiffusion:
         watch: Callable[[StepInfo], None] | None,
     ) -> Tokens:
         """One batch through the sampler; keys and values of y are made once, both guidance halves run together."""
-        both = self.denoiser.prepare(with_null(y))
+        both = self.denoiser.prepare(with_null(y, self.null))
         x_start, start_step = None, None
         if begin is not None:
             x_0, start_step = begin[0].expand(len(generators), -1), begin[1]

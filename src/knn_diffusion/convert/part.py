@@ -26,10 +26,9 @@ from knn_diffusion.convert.fit import some
 from knn_diffusion.convert.legacy import read_tensors
 from knn_diffusion.convert.source import PartName, Source, find_source
 from knn_diffusion.errors import CheckpointError, UsageError
+from knn_diffusion.models.text_states import NULL_FILE
 from knn_diffusion.models.tokenizers import KINDS, load_tokenizer_part
 
-NULL_FILE = "null_condition.safetensors"
-"""The condition that VQ-Diffusion was trained with for guidance, as `y` [slots, dim]."""
 IMAGE_SIZE = 256
 """Of every published tokenizer; shapes do not tell it."""
 
@@ -141,7 +140,7 @@ def _denoiser(found: vq_diffusion.Found, source: Source, heads: int | None) -> _
         recognized=found.layout,
         config=config,
         weights=vq_diffusion.denoiser_weights(found, config),
-        facts={"schedule": to_dict(schedule)},
+        facts={"schedule": to_dict(schedule), "reads": "text"},
         beside={} if null is None else {NULL_FILE: {"y": null.float()}},
     )
 

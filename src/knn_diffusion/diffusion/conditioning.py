@@ -55,10 +55,17 @@ def null_condition(condition: Condition) -> Condition:
     return Condition(y=torch.zeros_like(condition.y), present=torch.ones_like(condition.present))
 
 
-def with_null(condition: Condition) -> Condition:
-    """Conditional rows, then as many null rows: both halves of guidance as one batch."""
-    null = null_condition(condition)
-    return Condition(y=torch.cat([condition.y, null.y]), present=torch.cat([condition.present, null.present]))
+def with_null(condition: Condition, null: Float[Tensor, "slots dim"] | None = None) -> Condition:
+    """Conditional rows, then as many null rows: both halves of guidance as one batch.
+
+    Args: null: what stands for no condition where it is not y' = 0, as for denoisers of texts.
+    """
+    rows = (
+        null_condition(condition)
+        if null is None
+        else Condition(y=null.expand_as(condition.y), present=condition.present)
+    )
+    return Condition(y=torch.cat([condition.y, rows.y]), present=torch.cat([condition.present, rows.present]))
 
 
 def replace_first_neighbor(condition: Condition, embedding: Float[Tensor, "batch dim"]) -> Condition:

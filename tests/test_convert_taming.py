@@ -79,11 +79,23 @@ TAMING = {
 """The published names, as diffusers' own script for this conversion pairs them."""
 
 
-def taming_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+LLAMAGEN = TAMING | {
+    "down_blocks": "conv_blocks",
+    "up_blocks": "conv_blocks",
+    "mid_block.resnets.0": "mid.0",
+    "mid_block.attentions.0": "mid.1",
+    "mid_block.resnets.1": "mid.2",
+    "resnets": "res",
+}
+"""The same in LlamaGen, whose module lists are those of diffusers."""
+
+
+def taming_names(state: dict[str, Tensor], names: dict[str, str] = TAMING) -> dict[str, Tensor]:
     def rename(name: str) -> str:
-        name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{len(WIDTHS) - 1 - int(found[1])}", name)
-        for theirs in sorted(TAMING, key=len, reverse=True):
-            name = re.sub(rf"\.{re.escape(theirs)}\.", f".{TAMING[theirs]}.", name)
+        if names is TAMING:
+            name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{len(WIDTHS) - 1 - int(found[1])}", name)
+        for theirs in sorted(names, key=len, reverse=True):
+            name = re.sub(rf"\.{re.escape(theirs)}\.", f".{names[theirs]}.", name)
         return name
 
     def square(name: str, value: Tensor) -> Tensor:
@@ -210,6 +222,49 @@ def test_a_gumbel_vq_takes_the_most_probable_code_every_time(
     torch.testing.assert_close(tokenizer.decode(tokens), expected, atol=1e-4, rtol=0)
 
 
+def assert_chosen_by(folder: Path, model: Any, logits: Tensor, codes: Tensor) -> None:
+    tokenizer, _ = load_tokenizer(folder)
+    tokens = tokenizer.encode(pictures())
+    assert torch.equal(tokens, logits.argmax(-1))
+    assert len(tokens.unique()) > 4
+    torch.testing.assert_close(tokenizer.decode(tokens), decoded_by(model, codes[tokens]), atol=1e-4, rtol=0)
+
+
+def test_llamagens_tokenizers_compare_directions(tmp_path: Path, peer: Any) -> None:
+    state = taming_names(peer.state_dict(), LLAMAGEN)
+    assert "decoder.conv_blocks.0.upsample.conv.weight" in state
+    beside = {"quantize.codebook_used": torch.zeros(65536)}
+    raw = {name: torch.randn_like(value) for name, value in state.items()}
+    torch.save({"model": raw, "ema": state | beside, "steps": 1}, tmp_path / "vq_ds16_c2i.pt")
+    made = convert(tmp_path / "vq_ds16_c2i.pt", tmp_path / "ours", image_size=SIZE)
+    assert made.recognized == "LlamaGen's VQ"
+    unit = torch.nn.functional.normalize(state["quantize.embedding.weight"], dim=1)
+    logits = torch.nn.functional.normalize(latents_by(peer, pictures()), dim=-1) @ unit.T
+    assert_chosen_by(tmp_path / "ours", peer, logits, unit)
+
+
+def test_ibqs_averaged_weights_choose_by_inner_product_when_told_so(
+    tmp_path: Path, peer: Any, published: dict[str, Tensor]
+) -> None:
+    centred = {"quant_conv.bias": published["quant_conv.bias"] - latents_by(peer, pictures()).mean((0, 1))}
+    state = published | centred  # else one code is the longest in every direction there is
+    raw = {name: torch.randn_like(value) for name, value in state.items()}
+    means = {f"model_ema.{name.replace('.', '')}": value for name, value in state.items()}
+    lightning_file(tmp_path / "x.ckpt", raw | means | {"model_ema.decay": torch.tensor(0.999)})
+    with pytest.raises(
+        UsageError, match="told how codes are chosen .* add --quantizer product for IBQ, --quantizer nearest"
+    ):
+        convert(tmp_path / "x.ckpt", tmp_path / "ours", image_size=SIZE)
+    command = ["convert", str(tmp_path / "x.ckpt"), str(tmp_path / "ours"), "--image-size", str(SIZE)]
+    assert main([*command, "--quantizer", "product"]) == 0
+    codes = state["quantize.embedding.weight"]
+    z = latents_by(peer, pictures()) - latents_by(peer, pictures()).mean((0, 1))
+    assert_chosen_by(tmp_path / "ours", peer, z @ codes.T, codes)
+    gumbel_file = lightning_file(tmp_path / "gumbel.ckpt", gumbel(published))
+    with pytest.raises(UsageError, match="expected no --quantizer for taming's GumbelVQ"):
+        convert(gumbel_file, tmp_path / "x", image_size=SIZE, product=True)
+
+
 def test_a_checkpoint_with_both_parts_gives_the_one_that_is_named(
     tmp_path: Path, peer: Any, published: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +305,14 @@ def test_a_checkpoint_with_both_parts_gives_the_one_that_is_named(
             r"got no encoder.down.3.block.0.conv1.weight",
         ),
         (
+            lambda state: state | {f"encoder.down.{n}.block.0.conv1.weight": torch.ones(32) for n in range(3, 15_000)},
+            r"other sizes \(channel_multipliers must be one to 12 positive integers",
+        ),
+        (
+            lambda state: state | {f"encoder.down.{'9' * 900}.block.0.conv1.weight": torch.ones(32)},
+            r"0 tensors too few \(none\) and 1 too many",
+        ),
+        (
             changed("decoder.conv_out.weight", lambda value: value[:2]),
             r"expected state_dict.decoder.conv_out.weight of shape \[3, 32, 3, 3\], got \[2, 32, 3, 3\]",
         ),
@@ -275,7 +338,7 @@ def test_a_checkpoint_with_both_parts_gives_the_one_that_is_named(
             r"expected VQ-Diffusion's transformer \(\S+\) or tokenizer \(encoder.conv_in.weight\), .* holds \d+ other tensors",
         ),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_weights_that_do_not_fit_are_one_line(
     tmp_path: Path, published: dict[str, Tensor], change: Any, message: str

@@ -30,6 +30,13 @@ class PartName(StrEnum):
     TOKENIZER = "tokenizer"
 
 
+class Quantizer(StrEnum):
+    """How a tokenizer chooses codes where the checkpoint does not tell."""
+
+    NEAREST = "nearest"
+    PRODUCT = "product"
+
+
 @dataset_app.callback()
 def dataset() -> None:
     """Make data sets."""
@@ -138,6 +145,10 @@ def convert(
         int | None,
         typer.Option("--image-size", help="Side in pixels of a tokenizer's images.", min=1, show_default="256"),
     ] = None,
+    quantizer: Annotated[
+        Quantizer | None,
+        typer.Option("--quantizer", help="How a tokenizer chooses codes: product for IBQ.", show_default="nearest"),
+    ] = None,
     codes: Annotated[
         Path | None,
         typer.Option(
@@ -153,7 +164,8 @@ def convert(
     from knn_diffusion.convert.part import convert as write_part
 
     named: Any = None if part is None else part.value
-    made = write_part(checkpoint, folder, part=named, heads=heads, image_size=image_size, codes=codes)
+    product = None if quantizer is None else quantizer is Quantizer.PRODUCT
+    made = write_part(checkpoint, folder, part=named, heads=heads, image_size=image_size, product=product, codes=codes)
 
     def lines() -> Iterator[str]:
         yield f"recognized {made.recognized}: a {made.part} of {made.parameters:,} values, now in {folder}"

@@ -60,6 +60,15 @@ class Conversion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Untold:
+    """What no tensor tells: see `convert`."""
+
+    heads: int | None
+    image_size: int
+    product: bool | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
     """What goes into a part folder; `beside` are small files of tensors."""
 
@@ -78,6 +87,7 @@ def convert(
     part: PartName | None = None,
     heads: int | None = None,
     image_size: int | None = None,
+    product: bool | None = None,
     codes: Path | None = None,
 ) -> Conversion:
     """Write the part that a checkpoint holds; nothing of the checkpoint is run.
@@ -89,6 +99,7 @@ def convert(
         part: which one, of a checkpoint that holds both; the denoiser when nothing is said.
         heads: of a denoiser's attentions, where nothing in the checkpoint tells it; VQ-Diffusion's 16 by default.
         image_size: side in pixels of a tokenizer's images, which no checkpoint tells; 256 by default.
+        product: whether a tokenizer chooses codes by inner product, as IBQ, instead of by distance.
         codes: file of the codes that the tokenizer is to keep, see `codes.read_used_codes`.
     Raises: UsageError when `folder` holds files or `codes` come with a denoiser; CheckpointError when the checkpoint is
     damaged, of another network or put together wrongly.
@@ -103,21 +114,21 @@ def convert(
     else:
         source = find_source(checkpoint, part)
         weights = source.weights
-        made, also = _read(source, part, heads, image_size or IMAGE_SIZE)
+        made, also = _read(source, part, _Untold(heads=heads, image_size=image_size or IMAGE_SIZE, product=product))
     if codes is not None:
         made = _keep(made, codes)
     return _write(made, folder, weights, also)
 
 
-def _read(source: Source, part: PartName | None, heads: int | None, image_size: int) -> tuple[_Part, PartName | None]:
+def _read(source: Source, part: PartName | None, untold: _Untold) -> tuple[_Part, PartName | None]:
     """The part in a checkpoint, and the name of the other one when there is one."""
     tensors = read_tensors(source.weights)
     transformer = vq_diffusion.find(tensors) if part != "tokenizer" else None
     tokenizer = taming.find(tensors) if part != "denoiser" else None
     if transformer is not None:
-        return _denoiser(transformer, source, heads), "tokenizer" if tokenizer or "tokenizer" in source.parts else None
+        return _denoiser(transformer, source, untold), "tokenizer" if tokenizer or "tokenizer" in source.parts else None
     if tokenizer is not None:
-        return _tokenizer(tokenizer, image_size), None
+        return _tokenizer(tokenizer, untold), None
     wanted = {"denoiser": f"transformer ({vq_diffusion.ANCHOR})", "tokenizer": f"tokenizer ({taming.ANCHOR})"}
     raise CheckpointError(
         f"expected VQ-Diffusion's {' or '.join(wanted[one] for one in wanted if part in (None, one))}, {source.weights} holds "
@@ -125,8 +136,8 @@ def _read(source: Source, part: PartName | None, heads: int | None, image_size: 
     )
 
 
-def _denoiser(found: vq_diffusion.Found, source: Source, heads: int | None) -> _Part:
-    asked = heads or source.heads or vq_diffusion.HEADS
+def _denoiser(found: vq_diffusion.Found, source: Source, untold: _Untold) -> _Part:
+    asked = untold.heads or source.heads or vq_diffusion.HEADS
     config = vq_diffusion.denoiser_config(found, heads=asked, sigmoid_gelu=source.sigmoid_gelu)
     schedule = vq_diffusion.schedule_of(found, config)
     null = found.null if source.null is None else read_tensors(source.null).get("embeddings")
@@ -145,10 +156,11 @@ def _denoiser(found: vq_diffusion.Found, source: Source, heads: int | None) -> _
     )
 
 
-def _tokenizer(found: taming.Found, image_size: int) -> _Part:
-    config = taming.tokenizer_config(found, image_size=image_size)
+def _tokenizer(found: taming.Found, untold: _Untold) -> _Part:
+    config = taming.tokenizer_config(found, image_size=untold.image_size, product=untold.product)
     weights = taming.tokenizer_weights(found)
-    return _Part(kind="taming-tokenizer", recognized=found.layout, config=config, weights=weights)
+    name = found.layout + (", averaged weights" if found.averaged else "")
+    return _Part(kind="taming-tokenizer", recognized=name, config=config, weights=weights)
 
 
 def _is_our_tokenizer(folder: Path) -> bool:

@@ -3,7 +3,7 @@
     pixels ──encoder──▶ quant_conv ──quantize──▶ codes ──post_quant_conv──▶ decoder ──▶ pixels
 
 Parts are called as in taming's checkpoints, so that the published names are the names of our weights. Latent diffusion's
-VQ models and VQ-Diffusion's codecs are the same network.
+VQ models, VQ-Diffusion's codecs, LlamaGen's tokenizers (Sun et al. 2024) and IBQ (Shi et al. 2024) are the same network.
 
 Differs from taming: a GumbelVQ takes its most probable code; the original draws one even when it encodes, so that an image
 has other tokens each time.
@@ -29,6 +29,8 @@ NextMap = Float[Tensor, "batch channels_out rows_out columns_out"]
 
 GROUPS = 32
 """Groups of every norm, whatever the width."""
+MOST_LEVELS = 12
+"""Resolutions; published tokenizers have four or five."""
 
 
 @config
@@ -43,7 +45,7 @@ class TamingConfig:
     channel_multipliers  channels at each resolution, finest first, as multiples of `channels`; each further one halves
     blocks               residual blocks at each resolution of the encoder; the decoder has one more
     attention_levels     resolutions, counted from 0 as the finest, with attention after every block
-    quantizer            how a code is chosen: the nearest, or by logits that a convolution gives (GumbelVQ)
+    quantizer            how a code is chosen: the nearest (VQGAN), by inner product (IBQ), by logits of a convolution (GumbelVQ)
     """
 
     image_size: int = 256
@@ -54,7 +56,7 @@ class TamingConfig:
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 4)
     blocks: int = 2
     attention_levels: tuple[int, ...] = (3,)
-    quantizer: Literal["nearest", "gumbel"] = "gumbel"
+    quantizer: Literal["nearest", "product", "gumbel"] = "gumbel"
 
     def __post_init__(self) -> None:
         for name in ("code_dim", "latent_dim", "blocks"):
@@ -63,8 +65,8 @@ class TamingConfig:
         fits = self.channels >= GROUPS and self.channels % GROUPS == 0
         require(fits, "channels", self.channels, f"a multiple of {GROUPS}")
         multipliers = self.channel_multipliers
-        fits = len(multipliers) >= 1 and min(multipliers) >= 1
-        require(fits, "channel_multipliers", multipliers, "one or more positive integers")
+        fits = 1 <= len(multipliers) <= MOST_LEVELS and min(multipliers) >= 1
+        require(fits, "channel_multipliers", multipliers, f"one to {MOST_LEVELS} positive integers")
         fits = set(self.attention_levels) <= set(range(len(multipliers)))
         require(fits, "attention_levels", self.attention_levels, f"numbers from 0 to {len(multipliers) - 1}")
         cell = self.cell
@@ -230,12 +232,13 @@ class Decoder(nn.Module):
         return self.conv_out(functional.silu(self.norm_out(x)))
 
 
-class NearestQuantizer(nn.Module):
-    """Of each latent the code at the smallest Euclidean distance."""
+class TableQuantizer(nn.Module):
+    """Of each latent the code at the smallest Euclidean distance, or that with the largest inner product."""
 
     def __init__(self, config: TamingConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
+        self.by_distance = config.quantizer == "nearest"
 
     @property
     def codes(self) -> Float[Tensor, "vocab code_dim"]:
@@ -244,8 +247,8 @@ class NearestQuantizer(nn.Module):
 
     def forward(self, latents: FeatureMap) -> Tokens:
         """The tokens, grid rows first."""
-        z = rearrange(latents, "b c y x -> b (y x) c")
-        return (z @ self.codes.T - 0.5 * self.codes.square().sum(1)).argmax(-1)
+        products = rearrange(latents, "b c y x -> b (y x) c") @ self.codes.T
+        return (products - 0.5 * self.codes.square().sum(1) if self.by_distance else products).argmax(-1)
 
 
 class GumbelQuantizer(nn.Module):
@@ -273,7 +276,7 @@ class TamingTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantize = GumbelQuantizer(config) if config.quantizer == "gumbel" else NearestQuantizer(config)
+        self.quantize = GumbelQuantizer(config) if config.quantizer == "gumbel" else TableQuantizer(config)
         self.quant_conv = nn.Conv2d(config.latent_dim, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_dim, 1)
 

@@ -20,6 +20,7 @@ from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import pixels_from_uint8, square, to_array
 from knn_diffusion.models.taming import TamingConfig, TamingTokenizer
+from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.models.tokenizers import load_tokenizer, save_tokenizer
 from knn_diffusion.training.code_counts import count_codes
 from knn_diffusion.training.denoiser import DenoiserRun, train_denoiser
@@ -86,6 +87,22 @@ def test_counted_codes_become_a_small_tokenizer_that_a_denoiser_trains_on(
     pipe.save_pretrained(tmp_path / "saved")
     again = KnnDiffusion.from_pretrained(tmp_path / "saved", index=world / "model" / "index", device="cpu")
     assert again("a red heart", k=2, seed=0).images[0].tobytes() == image.tobytes()
+
+
+def test_a_tokenizer_of_another_making_is_not_saved(tmp_path: Path) -> None:
+    class Toy(torch.nn.Module):
+        config, vocab_size, grid, codes = None, 2, 1, torch.eye(2)
+
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            return (pixels.mean((1, 2, 3)) > 0).long()[:, None]
+
+        def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens[:, :, None, None].expand(-1, 3, 4, 4).float()
+
+    toy = Toy()
+    assert isinstance(toy, Tokenizer)
+    with pytest.raises(UsageError, match="expected a tokenizer of this package to save, got Toy: save it yourself"):
+        save_tokenizer(toy, tmp_path / "x")
 
 
 def test_images_that_cannot_be_read_are_counted_and_named(world: Path, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +25,9 @@ from knn_diffusion.models.taming import TamingConfig, TamingTokenizer
 from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.models.tokenizers import load_tokenizer, save_tokenizer
 from knn_diffusion.training.code_counts import count_codes
+from knn_diffusion.training.data import load_pixels
 from knn_diffusion.training.denoiser import DenoiserRun, train_denoiser
+from knn_diffusion.training.neighbors import prepare
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,17 @@ def test_counted_codes_become_a_small_tokenizer_that_a_denoiser_trains_on(
     pipe.save_pretrained(tmp_path / "saved")
     again = KnnDiffusion.from_pretrained(tmp_path / "saved", index=world / "model" / "index", device="cpu")
     assert again("a red heart", k=2, seed=0).images[0].tobytes() == image.tobytes()
+
+
+def test_tokens_are_kept_apart_for_two_ways_to_choose_a_code(world: Path, tmp_path: Path) -> None:
+    nearest, _ = load_tokenizer(world / "taming")
+    product = TamingTokenizer(replace(nearest.config, quantizer="product"))
+    product.load_state_dict(nearest.state_dict())
+    pixels = load_pixels([world / "pictures"], SIZE, tmp_path)
+    with ImageIndex.open(world / "model" / "index") as index:
+        one, other = (prepare(pixels, index, made, 2, tmp_path).tokens for made in (nearest, product))
+        assert np.array_equal(prepare(pixels, index, nearest, 2, tmp_path).tokens, one)
+    assert not np.array_equal(one, other)
 
 
 def test_a_tokenizer_of_another_making_is_not_saved(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def prepare(
         )
     encoder = index.encoder
     tokens = cached_array(
-        cache, "tokens", {"pixels": pixels.digest, "tokenizer": weights_digest(tokenizer.state_dict())},
+        cache, "tokens", {"pixels": pixels.digest, "tokenizer": weights_digest(tokenizer.state_dict()), "config": tokenizer.config},
         lambda: encode_tokens(pixels.array, tokenizer, progress),
     )  # fmt: skip
     queries = cached_array(

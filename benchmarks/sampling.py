@@ -1,16 +1,20 @@
 """Claim: at equal layers, width, tokens and steps, sampling is at least 1.8× as fast as diffusers' VQDiffusionPipeline.
 
-    python benchmarks/sampling.py [--size small|paper] [--steps 16] [--peer-steps 100] [--json]
+    python benchmarks/sampling.py [--size tiny|small|paper] [--steps 16] [--peer-steps 100] [--batch 1] [--json]
+    python benchmarks/sampling.py --size paper --steps 16 --sweep --plot cost.png
 
-Both systems have random weights and the same number of blocks, heads, tokens, codes and condition slots, and draw one image
-with guidance (λ = 8), truncation off, ancestral order. Measured is everything between the condition and the tokens, per
-image: the peer is driven through its own `VQDiffusionPipeline.__call__`, with a text encoder and an image decoder that cost
-nothing, so that neither side's stands in the figure. Our side makes its cross-attention keys and values anew for each image.
-The peer computes in float32, as it is shipped; its time in bfloat16 stands beside, where ours is bfloat16 too.
-Runs of both alternate, and the fastest of each counts, since a shared machine only ever adds time.
+Both systems have random weights and the same number of blocks, heads, tokens, codes and condition slots, and draw with
+guidance (λ = 8), truncation off, ancestral order. Measured is everything between the condition and the tokens, per image: the
+peer is driven through its own `VQDiffusionPipeline.__call__`, with a text encoder and an image decoder that cost nothing, so
+that neither side's stands in the figure. The peer computes in float32, as it is shipped; its time in bfloat16 stands beside,
+where ours is bfloat16 too. Runs of both alternate, and the fastest of each counts, since a shared machine only ever adds time.
 
 With --peer-steps 100 both draw what benchmarks/few_steps.py finds to be of equal quality: the peer's only order needs all
 steps of the chain, which it skips without the exact posterior. The claim is then at least 6×.
+
+The share of the machine's rate is what our matrix products, attention and convolutions compute in a run, as torch counts them
+(two operations for a product and its sum), by the time of the whole run, against the best square matrix product in the same
+arithmetic. --sweep measures ours alone, one thing changed at a time: steps, batch, tokens, neighbors.
 """
 
 from __future__ import annotations
@@ -18,213 +22,137 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import platform
-import subprocess
-import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from speed.machine import commit, fastest, hardware, matmul_rate, operations, peak_bytes
+from speed.ours import GUIDANCE_SCALE, SIZES, Draw, our_run
+from speed.peer import peer_run
 
 from knn_diffusion.device import choose_device, choose_dtype
-from knn_diffusion.diffusion.conditioning import make_condition, null_condition
-from knn_diffusion.diffusion.process import Schedule
-from knn_diffusion.diffusion.sampling import SamplerConfig, sample
-from knn_diffusion.models.cross_attention import PreparedCondition
-from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig
-from knn_diffusion.randomness import generator_for
 
-SIZES = {
-    "small": DenoiserConfig(vocab_size=1024, grid=16, width=256, depth=8, heads=4, condition_dim=384, num_steps=100),
-    "paper": PAPER,
+SWEPT: dict[str, tuple[int, ...]] = {
+    "steps": (4, 8, 16, 32, 64, 100),
+    "batch": (1, 2, 4, 8, 16),
+    "tokens": (64, 256, 1024),
+    "neighbors": (0, 5, 10, 20),
 }
-NEIGHBORS = 10
-GUIDANCE_SCALE = 8.0
 
 
-def our_run(config: DenoiserConfig, steps: int, device: torch.device, dtype: torch.dtype) -> Callable[[int], Tensor]:
-    """One image from its embeddings to its tokens, by this package."""
-    torch.manual_seed(0)
-    denoiser = Denoiser(config).eval().to(device, dtype)
-    schedule = Schedule(num_steps=config.num_steps, vocab_size=config.vocab_size, preset="released")
-    sampler = SamplerConfig(num_steps=steps, order="ancestral", guidance_scale=GUIDANCE_SCALE)
-
-    @torch.inference_mode()
-    def run(seed: int) -> Tensor:
-        y = nn.functional.normalize(torch.randn(1, 1 + NEIGHBORS, config.condition_dim), dim=-1).to(device)
-        condition = make_condition(y[:, 0], y[:, 1:])
-        given, null = denoiser.prepare(condition), denoiser.prepare(null_condition(condition))
-        both = PreparedCondition.cat([given, null])
-        place: dict[str, Any] = {"grid": config.grid, "generators": [generator_for(seed)], "device": device}
-        return sample(denoiser, schedule, given, both, config=sampler, **place).cpu()
-
-    return run
+def measured(draw: Draw, device: torch.device, dtype: torch.dtype, rate: float, repeats: int) -> dict[str, Any]:
+    """Our figures, an image."""
+    run = our_run(draw, device, dtype)
+    work = operations(partial(run, 0))
+    seconds = fastest({"ours": run}, repeats)["ours"]
+    return {
+        "seconds_per_image": round(seconds / draw.batch, 5),
+        "operations_per_image": work // draw.batch,
+        "share_of_matmul_rate": round(work / seconds / rate, 3),
+        "peak_mib": round(peak_bytes(device) / 2**20),
+    }
 
 
-class Stub(nn.Module):
-    """A part of the peer's pipeline that costs nothing; its weights only say where the pipeline runs."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.states = nn.Parameter(torch.randn(shape))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pipeline runs."""
-        return self.states.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        return self.states.dtype
+def compared(draw: Draw, peer_steps: int, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, float]:
+    """Seconds an image of both systems, taken in turns."""
+    peer = partial(peer_run, draw.config, peer_steps, device, slots=1 + draw.neighbors, guidance_scale=GUIDANCE_SCALE)
+    runs: dict[str, Callable[[int], Any]] = {"ours": our_run(draw, device, dtype), "peer": peer(torch.float32)}
+    if dtype != torch.float32:
+        runs["peer_same_precision"] = peer(dtype)
+    return fastest(runs, repeats)
 
 
-class StubTextEncoder(Stub):
-    """Random states of the condition's shape in place of CLIP's."""
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
-        """The same states for every prompt."""
-        return (self.states,)
+def swept(draw: Draw, thing: str, value: int) -> Draw:
+    """The same with one thing changed."""
+    return draw.with_grid(int(value**0.5)) if thing == "tokens" else replace(draw, **{thing: value})
 
 
-class StubDecoder(Stub):
-    """An image decoder that returns the tokens as an image of one channel."""
-
-    config = SimpleNamespace(vq_embed_dim=1)
-    quantize = SimpleNamespace(get_codebook_entry=lambda tokens, shape: tokens.float().reshape(shape))
-
-    def decode(self, embeddings: Tensor, force_not_quantize: bool) -> SimpleNamespace:
-        """Channels first, as the pipeline expects."""
-        return SimpleNamespace(sample=embeddings.permute(0, 3, 1, 2))
-
-
-class StubTokenizer:
-    """Token ids nobody reads."""
-
-    model_max_length = 1 + NEIGHBORS
-
-    def __call__(self, prompt: str, **options: Any) -> SimpleNamespace:
-        """As many ids as there are slots."""
-        return SimpleNamespace(input_ids=torch.zeros(1, self.model_max_length, dtype=torch.long))
+def sweep(draw: Draw, measure: Callable[[Draw], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our figures with one thing changed at a time, each printed as it comes."""
+    rows = []
+    print(f"{'':>10} {'':>6} {'s an image':>11} {'TFLOP':>8} {'share':>6} {'peak MiB':>9}")
+    for thing, values in SWEPT.items():
+        for value in values:
+            rows.append({"changed": thing, "value": value, **measure(swept(draw, thing, value))})
+            found = rows[-1]
+            print(
+                f"{thing:>10} {value:6} {found['seconds_per_image']:11.4f} {found['operations_per_image'] / 1e12:8.4f} "
+                f"{found['share_of_matmul_rate']:6.0%} {found['peak_mib']:9,}",
+                flush=True,
+            )
+    return rows
 
 
-def peer_run(config: DenoiserConfig, steps: int, device: torch.device, dtype: torch.dtype) -> Callable[[int], Any]:
-    """One image by diffusers' pipeline around a transformer of the same shape."""
-    from diffusers import Transformer2DModel, VQDiffusionPipeline, VQDiffusionScheduler
-    from diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion import (
-        LearnedClassifierFreeSamplingEmbeddings,
-    )
+def plotted(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds an image against each thing that was changed."""
+    from matplotlib.figure import Figure
 
-    torch.manual_seed(0)
-    pipe = VQDiffusionPipeline(
-        vqvae=StubDecoder(1),
-        text_encoder=StubTextEncoder(1, 1 + NEIGHBORS, config.condition_dim),
-        tokenizer=StubTokenizer(),
-        transformer=Transformer2DModel(
-            num_attention_heads=config.heads,
-            attention_head_dim=config.width // config.heads,
-            num_layers=config.depth,
-            cross_attention_dim=config.condition_dim,
-            attention_bias=True,
-            num_vector_embeds=config.vocab_size + 1,
-            sample_size=config.grid,
-            num_embeds_ada_norm=config.num_steps,
-            norm_type="ada_norm",
-            activation_fn="geglu-approximate",  # VQ-Diffusion's GELU, without a gate in spite of its name
-        ).eval(),
-        scheduler=VQDiffusionScheduler(num_vec_classes=config.vocab_size + 1, num_train_timesteps=config.num_steps),
-        learned_classifier_free_sampling_embeddings=LearnedClassifierFreeSamplingEmbeddings(
-            learnable=True, hidden_size=config.condition_dim, length=1 + NEIGHBORS
-        ),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device, dtype)
-
-    def run(seed: int) -> Any:
-        generator = torch.Generator(device).manual_seed(seed)
-        return pipe("", num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, generator=generator, output_type="np")
-
-    return run
-
-
-def fastest(runs: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of the fastest run of each, taken in turns after one warm-up."""
-    seconds = dict.fromkeys(runs, float("inf"))
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(repeat)
-            if repeat > 0:
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
-
-
-def hardware(device: torch.device) -> str:
-    """The GPU, or the CPU with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """Of the package, short."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "none"
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axes, thing in zip(figure.subplots(1, len(SWEPT), sharey=True), SWEPT, strict=True):
+        points = [(row["value"], row["seconds_per_image"]) for row in rows if row["changed"] == thing]
+        axes.plot(*zip(*points, strict=True), marker="o")
+        axes.set(xlabel=thing, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("seconds an image")
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=1, help="images that we draw together; the peer draws one")
     parser.add_argument("--peer-steps", type=int, help="steps of the peer; as many as ours by default")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--sweep", action="store_true", help="ours alone, over steps, batch, tokens and neighbors")
+    parser.add_argument("--plot", type=Path, help="draw the sweep into this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # the peer warns about its own deprecated parts
     warnings.simplefilter("ignore")
 
-    peer_steps = args.peer_steps or args.steps
-    config, device = SIZES[args.size], choose_device(args.device)
-    dtype = choose_dtype(device)
-    runs: dict[str, Callable[[int], Any]] = {
-        "ours": our_run(config, args.steps, device, dtype),
-        "peer": peer_run(config, peer_steps, device, torch.float32),
-    }
-    if dtype != torch.float32:
-        runs["peer_same_precision"] = peer_run(config, peer_steps, device, dtype)
-    seconds = fastest(runs, args.repeats)
+    device = choose_device(args.device)
+    dtype, peer_steps = choose_dtype(device), args.peer_steps or args.steps
+    draw = Draw(config=SIZES[args.size], steps=args.steps, batch=args.batch)
+    rate = matmul_rate(device, dtype)
+    measure = partial(measured, device=device, dtype=dtype, rate=rate, repeats=args.repeats)
     report = {
-        "peer_name": f"diffusers {version('diffusers')} VQDiffusionPipeline",
         "commit": commit(),
         "hardware": hardware(device),
         "torch": torch.__version__,
-        "precision": {"ours": str(dtype).removeprefix("torch."), "peer": "float32"},
+        "precision": str(dtype).removeprefix("torch."),
+        "matmul_tflops": round(rate / 1e12, 3),
         "size": args.size,
-        "depth": config.depth,
-        "width": config.width,
-        "tokens": config.seq,
-        "vocab_size": config.vocab_size,
-        "slots": 1 + NEIGHBORS,
-        "steps": args.steps,
-        "peer_steps": peer_steps,
-        "seconds_per_image": {name: round(value, 4) for name, value in seconds.items()},
-        "ratio": round(seconds["peer"] / seconds["ours"], 2),
+        "depth": draw.config.depth,
+        "width": draw.config.width,
+        "tokens": draw.config.seq,
+        "vocab_size": draw.config.vocab_size,
+        "slots": 1 + draw.neighbors,
+        "steps": draw.steps,
+        "batch": draw.batch,
     }
+    if args.sweep:
+        report["sweep"] = sweep(draw, measure)
+        if args.plot:
+            plotted(report["sweep"], args.plot)
+    else:
+        report |= {f"our_{name}": value for name, value in measure(draw).items()}
+        seconds = compared(draw, peer_steps, device, dtype, args.repeats)
+        report["peer"] = f"diffusers {version('diffusers')} VQDiffusionPipeline, {peer_steps} steps, one image"
+        report |= {f"{name}_seconds": round(value, 4) for name, value in seconds.items()}
+        report["ratio"] = round(draw.batch * seconds["peer"] / seconds["ours"], 2)
     if args.json:
         print(json.dumps(report))
         return
     for name, value in report.items():
-        print(f"{name:18} {value}")
+        if name != "sweep":
+            print(f"{name:26} {value}")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ LAYERS = {
     "images": 1,
     "stickers": 1,
     "checkpoint": 1,
+    "hub": 1,
     "diffusion.process": 1,
     "diffusion.conditioning": 1,
     "evaluation": 1,
     "diffusion": 2,
     "models": 2,
     "retrieval": 2,
+    "model_card": 3,
     "models.encoders": 3,
     "models.text_states": 3,
     "image_index": 4,
@@ -46,6 +48,7 @@ LAYERS = {
 }
 SEPARATE = ("diffusion", "models", "retrieval")
 OPTIONAL = (
+    "huggingface_hub",
     "transformers",
     "diffusers",
     "emoji",

@@ -406,7 +406,7 @@ def test_a_strange_pipeline_file_is_refused(
 
 
 def test_an_unknown_model_name_lists_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match=r"bundled name \(.*\), got 'no-such-model'"):
+    with pytest.raises(CheckpointError, match=r"bundled name \(.*\) or owner/name on the hub, got 'no-such-model'"):
         KnnDiffusion.from_pretrained("no-such-model")
 
 

@@ -7,6 +7,7 @@
     ├── CheckpointError          a model part that is missing, damaged, or of another shape or version
     ├── FingerprintError         an index, model or query made by another encoder
     ├── StoreError               an image index that is missing, damaged or locked
+    ├── HubError                 a repository of the hub that is not there, may not be read or cannot be reached
     ├── TrainingError            a loss that is not finite, data that does not fit the model
     └── MissingDependencyError   an optional package or a font, with the command that installs it
 
@@ -46,6 +47,10 @@ class FingerprintError(KnnDiffusionError):
 
 class StoreError(KnnDiffusionError):
     """An image index is missing, damaged, read-only or in use by another writer."""
+
+
+class HubError(KnnDiffusionError):
+    """A repository of the Hugging Face hub is not there, may not be read or written, or cannot be reached."""
 
 
 class TrainingError(KnnDiffusionError):

@@ -36,6 +36,8 @@ from knn_diffusion.diffusion.conditioning import MAX_QUERY_WEIGHT
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, UsageError
+from knn_diffusion.hub import fetch, is_hub_id
+from knn_diffusion.model_card import model_card
 from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
 from knn_diffusion.models.encoders import JointEncoder, load_encoder, save_encoder
 from knn_diffusion.models.text_states import NULL_FILE, load_null, states_shape
@@ -45,6 +47,14 @@ from knn_diffusion.models.tokenizers import load_tokenizer, save_tokenizer
 FORMAT_VERSION = 1
 PIPELINE_FILE = "pipeline.json"
 PARTS = ("encoder", "tokenizer", "denoiser")
+MODEL_FILES = (
+    PIPELINE_FILE,
+    "README.md",
+    *(f"{part}/*{ending}" for part in PARTS for ending in (".json", ".safetensors", ".txt", ".model", "NOTICE")),
+    "index/store.sqlite",
+    "index/segments/*.npy",
+)
+"""What is sent to the hub and fetched from it; a star stands for folders too."""
 BUNDLES = Path(__file__).parent / "bundles"
 
 
@@ -100,18 +110,22 @@ def bundled_models() -> list[str]:
     return sorted(path.parent.name for path in BUNDLES.glob(f"*/{PIPELINE_FILE}"))
 
 
-def resolve_model(name_or_folder: str | Path) -> Path:
-    """The folder of a bundled name, or the folder itself.
+def resolve_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
+    """The folder of a bundled name, the folder itself, or that of the hub's `owner/name`, downloaded where it must be.
 
-    Raises: CheckpointError when there is neither.
+    Raises: CheckpointError when there is none; HubError when the hub has none or cannot be reached.
     """
+    if is_hub_id(name_or_folder):
+        return fetch(str(name_or_folder), MODEL_FILES, needs=PIPELINE_FILE, revision=revision)
+    if revision is not None:
+        raise UsageError(f"expected no revision for {str(name_or_folder)!r}, which is no owner/name: leave it out")
     for folder in (Path(name_or_folder), BUNDLES / str(name_or_folder)):
         if (folder / PIPELINE_FILE).is_file():
             return folder
     known = ", ".join(bundled_models()) or "none"
     raise CheckpointError(
-        f"expected a model folder (with {PIPELINE_FILE}) or a bundled name ({known}), got {str(name_or_folder)!r}: "
-        "check the name or train a model"
+        f"expected a model folder (with {PIPELINE_FILE}), a bundled name ({known}) or owner/name on the hub, got "
+        f"{str(name_or_folder)!r}: check the name or train a model"
     )
 
 
@@ -129,12 +143,13 @@ def read_pipeline_file(folder: Path) -> PipelineFile:
     return stored_config(PipelineFile, values, folder / PIPELINE_FILE)
 
 
-def load_model(name_or_folder: str | Path) -> Model:
+def load_model(name_or_folder: str | Path, revision: str | None = None) -> Model:
     """Read and verify every part of a model, float32 on the CPU.
 
-    Raises: CheckpointError when a part is missing or damaged; FingerprintError when parts do not belong together.
+    Raises: CheckpointError when a part is missing or damaged; FingerprintError when parts do not belong together; HubError
+        as `resolve_model`.
     """
-    folder = resolve_model(name_or_folder)
+    folder = resolve_model(name_or_folder, revision)
     file = read_pipeline_file(folder)
     check_belonging(folder, file)
     encoder = load_encoder(folder / "encoder")
@@ -252,34 +267,9 @@ def write_pipeline_file(
     digests = {part: _digest(folder / part) for part in PARTS}
     file = PipelineFile(name=name, parts=digests, sampler=sampler, k=k, query_weight=query_weight, facts=facts or {})
     write_json(folder / PIPELINE_FILE, to_dict(file))
-    atomic_write_bytes(folder / "README.md", model_card(file).encode())
+    card = model_card(name, sampler, k, file.parts, file.facts)
+    atomic_write_bytes(folder / "README.md", card.encode())
     return file
-
-
-def model_card(file: PipelineFile) -> str:
-    """Markdown with a YAML head, from the facts: a fact that is a mapping becomes a table, a list becomes a list."""
-    license_name = file.facts.get("license", "mit")
-    head = ["---", f"license: {license_name}", "library_name: knn-diffusion", "pipeline_tag: text-to-image", "---"]
-    intro = f"A KNN-Diffusion model. `KnnDiffusion.from_pretrained(...)` draws {file.sampler.num_steps} steps at "
-    lines = [
-        *head,
-        "",
-        f"# {file.name}",
-        "",
-        intro + f"guidance {file.sampler.guidance_scale:g} with {file.k} neighbors.",
-    ]
-    for title, fact in file.facts.items():
-        if title == "license":
-            continue
-        lines += ["", f"## {title.replace('_', ' ').capitalize()}", ""]
-        if isinstance(fact, dict):
-            lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in fact.items())]
-        elif isinstance(fact, list):
-            lines += [f"- {item}" for item in fact]
-        else:
-            lines.append(str(fact))
-    lines += ["", "## Parts", "", *(f"- {part}: `{digest[:16]}`" for part, digest in file.parts.items())]
-    return "\n".join(lines) + "\n"
 
 
 def replace_model_folder(folder: Path) -> Any:

@@ -9,6 +9,7 @@ Read on in `diffusion/sampling.py` (what `draw` calls), then in `diffusion/proce
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -31,9 +32,10 @@ from knn_diffusion.diffusion.conditioning import (
 from knn_diffusion.diffusion.process import q_sample
 from knn_diffusion.diffusion.sampling import StepInfo, sample
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
+from knn_diffusion.hub import check_hub_id, is_hub_id, send
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import from_array, open_image, pixels_from_uint8, square, to_array, uint8_from_pixels
-from knn_diffusion.model_folder import Model, load_model, replace_model_folder, save_model
+from knn_diffusion.model_folder import MODEL_FILES, Model, load_model, replace_model_folder, save_model
 from knn_diffusion.models.text_states import text_states
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.request import (
@@ -92,17 +94,25 @@ class KnnDiffusion:
         name_or_folder: str | Path,
         *,
         index: ImageIndex | str | Path | None = None,
+        revision: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
     ) -> KnnDiffusion:
-        """A bundled model ("stickers") or a model folder, with its own index or the given one.
+        """A bundled model ("stickers"), a model folder or one of the hub ("owner/name"), with its own index or the given one.
+
+        A model of the hub is downloaded unless it is in the hub's cache; what is added to its index stays in memory.
+
+        Args:
+            revision: branch, tag or commit of a model of the hub.
 
         Raises: CheckpointError when a part is missing or damaged; FingerprintError when parts or index were made with
-        different encoders; StoreError when the index is missing or damaged.
+        different encoders; StoreError when the index is missing or damaged; HubError when the hub does not have it or
+        cannot be reached.
         """
-        model = load_model(name_or_folder)
+        shared = is_hub_id(name_or_folder)
+        model = load_model(name_or_folder, revision)
         if index is None and model.folder is not None and (model.folder / "index").is_dir():
-            index = model.folder / "index"
+            index = ImageIndex.open(model.folder / "index", encoder=model.encoder, read_only=shared)
         opened = ImageIndex.open(index, encoder=model.encoder) if isinstance(index, str | Path) else index
         return cls(model, opened, device=device, dtype=dtype)
 
@@ -296,14 +306,34 @@ class KnnDiffusion:
         """
         place = Path(folder)
         with replace_model_folder(place) as temporary:
-            save_model(self.model, temporary)
-            if self._index is not None:
-                self._index.save(temporary / "index")
+            self._write(temporary)
         kept = self._index.folder if self._index is not None else None
         if self._index is not None and kept is not None and kept.absolute() == (place / "index").absolute():
             self._index.close()  # its files are no longer there
             self.index = ImageIndex.open(place / "index", encoder=self.model.encoder)
         return place
+
+    def push_to_hub(self, repository: str, *, private: bool = False, revision: str | None = None) -> str:
+        """Send model, index and model card to the Hugging Face hub, into a new repository or over the model there.
+
+        Args:
+            repository: `owner/name`.
+            private: whether a new repository is seen by its owner only.
+            revision: an existing branch; None is the main one.
+
+        Returns: where it can be seen.
+        Raises: UsageError for another name; HubError when the hub refuses or cannot be reached; KnnDiffusionError when there
+            is no room for the copy that is sent; MissingDependencyError without huggingface_hub.
+        """
+        check_hub_id(repository)
+        with tempfile.TemporaryDirectory(prefix="knn-diffusion-") as temporary:
+            self._write(Path(temporary), sealed=True)
+            return send(Path(temporary), repository, MODEL_FILES, private=private, revision=revision)
+
+    def _write(self, folder: Path, *, sealed: bool = False) -> None:
+        save_model(self.model, folder)
+        if self._index is not None:
+            self._index.save(folder / "index", sealed=sealed)
 
     def _embed_image(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(self.model.encoder.encode_images([image]))

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 CONTACT_SHEET = "contact-sheet.png"
 MODELS_OWN = "the model's"
 
-ModelOption = Annotated[str, typer.Option("--model", help="Bundled name or model folder.")]
+ModelOption = Annotated[str, typer.Option("--model", help="Bundled name, model folder or owner/name on the hub.")]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a model of the hub.", show_default="main")
+]
 IndexOption = Annotated[
     str | None, typer.Option("--index", help="Images to retrieve from, instead of the model's own.")
 ]
@@ -49,6 +52,7 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False)],
     *,
     model: ModelOption = "stickers",
+    revision: RevisionOption = None,
     index: IndexOption = None,
     num_images: ImagesOption = 1,
     k: NeighborsOption = None,
@@ -73,7 +77,7 @@ def generate(
         check_prompt(prompt)
     made = []
     with progress() as show:
-        pipe = _load(model, index, device, exclude, show)
+        pipe = _load(model, revision, index, device, exclude, show)
         for number, prompt in enumerate(prompts):
             asked = _settings(
                 show,
@@ -98,6 +102,7 @@ def edit(
     *,
     strength: Annotated[float, typer.Option("--strength", help="0 leaves the image as it is, 1 starts anew.")] = 0.6,
     model: ModelOption = "stickers",
+    revision: RevisionOption = None,
     index: IndexOption = None,
     num_images: ImagesOption = 1,
     k: NeighborsOption = None,
@@ -122,7 +127,7 @@ def edit(
     check_prompt(prompt)
     reference = open_image(image)
     with progress() as show:
-        pipe = _load(model, index, device, exclude, show)
+        pipe = _load(model, revision, index, device, exclude, show)
         asked = _settings(
             show,
             prompt,
@@ -141,11 +146,13 @@ def edit(
     _report(made, folder, as_json)
 
 
-def _load(model: str, index: str | None, device: str, exclude: list[str] | None, show: Progress) -> KnnDiffusion:
+def _load(
+    model: str, revision: str | None, index: str | None, device: str, exclude: list[str] | None, show: Progress
+) -> KnnDiffusion:
     from knn_diffusion.pipeline import KnnDiffusion
 
     show("loading the model", 0, 1)
-    pipe = KnnDiffusion.from_pretrained(model, index=index, device=device)
+    pipe = KnnDiffusion.from_pretrained(model, index=index, revision=revision, device=device)
     show("loading the model", 1, 1)
     if exclude:
         pipe.index.sources(exclude)  # an unknown id is an error

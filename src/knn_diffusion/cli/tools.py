@@ -1,4 +1,4 @@
-"""`evaluate`, `dataset stickers`, `convert` and `doctor`."""
+"""`evaluate`, `push`, `dataset stickers`, `convert` and `doctor`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from knn_diffusion.cli.draw import MODELS_OWN
+from knn_diffusion.cli.draw import MODELS_OWN, RevisionOption
 from knn_diffusion.cli.terminal import JsonOption, answer, new_folder, progress
 
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Bundled name, model folder or owner/name on the hub.", show_default=False),
+]
 dataset_app = typer.Typer(help="Make data sets.")
 
 
@@ -68,8 +72,9 @@ def stickers(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name or model folder.", show_default=False)],
+    model: ModelArgument,
     *,
+    revision: RevisionOption = None,
     index: Annotated[
         str | None, typer.Option("--index", help="Images to retrieve from, instead of the model's own.")
     ] = None,
@@ -112,9 +117,37 @@ def evaluate(
     )
     folder = None if output is None else new_folder(output)
     with progress() as show:
-        pipe: Any = KnnDiffusion.from_pretrained(model, index=index, device=device)
+        pipe: Any = KnnDiffusion.from_pretrained(model, index=index, revision=revision, device=device)
         made = protocols.evaluate(pipe, judge, folder, only=only, progress=show, config=settings)
     answer(made.to_dict(), as_json, lambda: iter([made.to_markdown()]))
+
+
+def push(
+    model: ModelArgument,
+    repository: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub, made if need be.", show_default=False)
+    ],
+    *,
+    index: Annotated[
+        str | None, typer.Option("--index", help="Images to send along, instead of the model's own.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Let only its owner see a new repository.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="An existing branch to send to.", show_default="main")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send a model with its index and card to the Hugging Face hub; everybody can then draw with --model OWNER/NAME.
+
+    Example: knn-diffusion push my-run/model me/my-stickers --index my-index
+    """
+    from knn_diffusion.hub import check_hub_id
+    from knn_diffusion.pipeline import KnnDiffusion
+
+    check_hub_id(repository)
+    pipe = KnnDiffusion.from_pretrained(model, index=index, device="cpu")
+    place = pipe.push_to_hub(repository, private=private, revision=revision)
+    answer({"repository": repository, "url": place}, as_json, lambda: iter([place]))
 
 
 def convert(

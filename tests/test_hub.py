@@ -1,0 +1,231 @@
+"""Models by `owner/name`: fetched once and verified, sent whole, and every failure a line with its cure."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants as hub_constants
+from test_encoders import some_images
+from tiny_hub import TinyHub, point_at, serving
+from tiny_world import build_model, draw_pictures, same_pixels
+
+from knn_diffusion import ImageIndex, KnnDiffusion
+from knn_diffusion.cli import main
+from knn_diffusion.errors import CheckpointError, HubError, KnnDiffusionError, MissingDependencyError, UsageError
+from knn_diffusion.hub import fetch, is_hub_id
+
+NAME = "someone/tiny"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    return build_model(place / "tiny", draw_pictures(place / "pictures"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TinyHub]:
+    monkeypatch.chdir(tmp_path)
+    with serving(tmp_path, monkeypatch) as running:
+        yield running
+
+
+@pytest.fixture
+def shared(hub: TinyHub, model: Path) -> TinyHub:
+    """A hub with the model, and beside it what a stranger may have put there."""
+    there = Path(shutil.copytree(model, hub.folder(NAME)))
+    for stray in ("setup.py", "pytorch_model.bin", "encoder/modeling.py", "index/cache.pkl", "denoiser/weights.ckpt"):
+        (there / stray).write_bytes(b"anything")
+    return hub
+
+
+def test_a_model_is_downloaded_once_and_draws_as_in_its_folder(
+    shared: TinyHub, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = KnnDiffusion.from_pretrained(NAME, device="cpu")
+    assert [record.getMessage() for record in caplog.records if record.name == "knn_diffusion.hub"] == [
+        f"downloading {NAME} from {hub_constants.ENDPOINT}"
+    ]
+    here = KnnDiffusion.from_pretrained(model, device="cpu")
+    assert same_pixels(there("a red heart").images[0], here("a red heart").images[0])
+    assert len(there.index) == 12
+    caplog.clear()
+    shared.asked.clear()
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    again = KnnDiffusion.from_pretrained(NAME, device="cpu")
+    assert same_pixels(there("a cat").images[0], again("a cat").images[0])
+    assert (caplog.records, shared.asked) == ([], [])
+
+
+def test_only_the_files_of_a_model_are_downloaded(shared: TinyHub, model: Path) -> None:
+    KnnDiffusion.from_pretrained(NAME, device="cpu")
+    assert shared.fetched() == {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+
+
+def test_what_is_added_to_a_downloaded_index_stays_in_memory(shared: TinyHub, tmp_path: Path) -> None:
+    pipe = KnnDiffusion.from_pretrained(NAME, device="cpu")
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    pipe.index.add(some_images(2))
+    assert len(pipe.index) == 14
+    pipe.index.close()
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()} == before
+    assert len(KnnDiffusion.from_pretrained(NAME, device="cpu").index) == 12
+
+
+def test_a_damaged_download_is_noticed(shared: TinyHub) -> None:
+    path = shared.folder(NAME) / "denoiser" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        KnnDiffusion.from_pretrained(NAME, device="cpu")
+
+
+def test_an_interrupted_download_goes_on(shared: TinyHub, tmp_path: Path) -> None:
+    KnnDiffusion.from_pretrained(NAME, device="cpu")
+    (gone,) = (tmp_path / "cache").rglob("snapshots/*/tokenizer/model.safetensors")
+    gone.resolve().unlink()
+    gone.unlink()
+    shared.asked.clear()
+    KnnDiffusion.from_pretrained(NAME, device="cpu")
+    assert shared.fetched() == {"tokenizer/model.safetensors"}
+
+
+def test_a_revision_can_be_given_but_only_on_the_hub(shared: TinyHub, model: Path) -> None:
+    KnnDiffusion.from_pretrained(NAME, revision="v1", device="cpu")
+    with pytest.raises(HubError, match=f"expected the revision v9 of {NAME}, there is none: see http"):
+        KnnDiffusion.from_pretrained(NAME, revision="v9", device="cpu")
+    with pytest.raises(UsageError, match="expected no revision"):
+        KnnDiffusion.from_pretrained(model, revision="v1", device="cpu")
+
+
+def test_a_path_is_never_looked_for_on_the_hub(hub: TinyHub, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/model", "bare", "a/b/c", "./a/b", "/a/b", "../a", "a/", "~/a", "C:\\a/b"):
+        assert not is_hub_id(name)
+        with pytest.raises(CheckpointError, match="expected a model folder"):
+            KnnDiffusion.from_pretrained(name, device="cpu")
+    assert not is_hub_id(Path("someone/tiny"))
+    assert hub.asked == []
+
+
+def test_a_pushed_model_comes_back_the_same(hub: TinyHub, model: Path, tmp_path: Path) -> None:
+    pipe = KnnDiffusion.from_pretrained(model, device="cpu")
+    pipe.index = ImageIndex.build(some_images(5), None, pipe.model.encoder)
+    assert pipe.push_to_hub("me/mine", private=True) == "https://hub.test/me/mine/commit/main"
+    assert hub.private == {"me/mine": True}
+    with ImageIndex.open(hub.folder("me/mine") / "index") as sealed:
+        assert sealed.info()["read_only"]
+    stale = hub.folder("me/mine") / "index" / "segments" / "00000009.embeddings.npy"
+    stale.write_bytes(b"")
+    (hub.folder("me/mine") / "notes.txt").write_text("mine")
+    back = KnnDiffusion.from_pretrained("me/mine", device="cpu")
+    assert same_pixels(back("a blue hat", seed=4).images[0], pipe("a blue hat", seed=4).images[0])
+    assert (len(back.index), back.index.info()["read_only"]) == (5, True)
+    back.index = ImageIndex.build(some_images(3), None, pipe.model.encoder)
+    back.push_to_hub("me/mine")
+    assert not stale.exists()
+    shutil.rmtree(tmp_path / "cache")
+    assert len(KnnDiffusion.from_pretrained("me/mine", device="cpu").index) == 3
+    assert (hub.folder("me/mine") / "notes.txt").read_text() == "mine"
+
+
+def test_the_card_has_the_head_that_the_hub_reads(hub: TinyHub, model: Path) -> None:
+    KnnDiffusion.from_pretrained(model, device="cpu").push_to_hub("me/mine")
+    card = huggingface_hub.ModelCard.load(hub.folder("me/mine") / "README.md")
+    head = card.data.to_dict()
+    assert (head["license"], head["library_name"], head["pipeline_tag"]) == ("mit", "knn-diffusion", "text-to-image")
+    assert "knn-diffusion" in head["tags"]
+
+
+def test_the_command_line_draws_and_pushes(
+    shared: TinyHub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = ["generate", "a cat", "--model", NAME, "--revision", "v1", "--output", str(tmp_path / "drawn"), "--json"]
+    assert main(drawn) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "tiny"
+    assert main(["push", str(model), "me/mine", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["url"] == "https://hub.test/me/mine/commit/main"
+    assert (shared.folder("me/mine") / "index" / "store.sqlite").is_file()
+    for name in ("mine", "me/mine/more", "-me/mine"):
+        assert main(["push", "--", str(model), name]) == 2
+        assert "expected owner/name of a repository" in capsys.readouterr().err
+
+
+# What can go wrong
+
+
+def test_a_missing_or_gated_repository_says_what_to_do(shared: TinyHub) -> None:
+    with pytest.raises(HubError, match=r"expected the repository no/such on the hub, there is none .*hf auth login"):
+        KnnDiffusion.from_pretrained("no/such", device="cpu")
+    shared.gated.add(NAME)
+    with pytest.raises(HubError, match=rf"{NAME} is gated: accept its terms on {hub_constants.ENDPOINT}/{NAME}"):
+        KnnDiffusion.from_pretrained(NAME, device="cpu")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_says_to_log_in(shared: TinyHub, status: int) -> None:
+    shared.status = status
+    with pytest.raises(HubError, match=r"hf auth login"):
+        KnnDiffusion.from_pretrained(NAME, device="cpu")
+
+
+def test_a_repository_without_a_model_is_refused(hub: TinyHub) -> None:
+    hub.folder("some/text-model").mkdir(parents=True)
+    (hub.folder("some/text-model") / "config.json").write_text("{}")
+    with pytest.raises(HubError, match=r"expected pipeline\.json in some/text-model, the repository has none"):
+        KnnDiffusion.from_pretrained("some/text-model", device="cpu")
+
+
+def test_without_a_network_the_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    point_at(f"http://127.0.0.1:{port}", tmp_path, monkeypatch)
+    with pytest.raises(HubError, match=rf"{NAME} could not be reached on the hub .*: check the network") as caught:
+        KnnDiffusion.from_pretrained(NAME, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_mode_says_so(shared: TinyHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"HF_HUB_OFFLINE forbids to download it: unset that"):
+        KnnDiffusion.from_pretrained(NAME, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O: No space left on device")]
+)
+def test_a_full_disk_says_so(shared: TinyHub, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    real = huggingface_hub.snapshot_download
+
+    def full(*arguments: object, **options: object) -> str:
+        if options.get("local_files_only"):
+            return real(*arguments, **options)  # type: ignore[arg-type, return-value, call-overload]
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(KnnDiffusionError, match=rf"the disk is full, {NAME} is not whole: free space"):
+        KnnDiffusion.from_pretrained(NAME, device="cpu")
+
+
+def test_without_the_package_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'knn-diffusion\[hub\]'"):
+        KnnDiffusion.from_pretrained(NAME, device="cpu")
+
+
+def test_a_file_that_is_not_needed_is_not_missed(hub: TinyHub, model: Path) -> None:
+    shutil.copytree(model, hub.folder(NAME))
+    assert (fetch(NAME, ("README.md",), needs="README.md") / "README.md").is_file()
+    assert hub.fetched() == {"README.md"}
+    KnnDiffusion.from_pretrained(NAME, device="cpu")

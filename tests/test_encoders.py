@@ -17,15 +17,8 @@ from tiny_encoder import tiny_encoder, tiny_tokenizer
 from knn_diffusion.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from knn_diffusion.errors import CheckpointError, ConfigError, MissingDependencyError, UsageError
 from knn_diffusion.models import encoders
-from knn_diffusion.models.encoders import (
-    IMAGES_AT_ONCE,
-    JointEncoder,
-    SmallJointEncoder,
-    TransformersEncoder,
-    load_encoder,
-    save_encoder,
-    vector_of,
-)
+from knn_diffusion.models.encoders import JointEncoder, SmallJointEncoder, load_encoder, save_encoder
+from knn_diffusion.models.fixed_batches import IMAGES_AT_ONCE
 from knn_diffusion.models.small_encoder import (
     Painter,
     SmallEncoder,
@@ -33,6 +26,7 @@ from knn_diffusion.models.small_encoder import (
     contrastive_loss,
     looks_loss,
 )
+from knn_diffusion.models.transformers_encoder import TransformersEncoder, vector_of
 
 TEXTS = ["a red dog", "the blue heart", "apple"]
 
@@ -201,10 +195,9 @@ def test_without_transformers_the_error_names_the_command(monkeypatch: pytest.Mo
         load_encoder("clip")
 
 
-def test_a_model_that_is_not_here_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UsageError, match=r"expected an encoder .*got 'no/such-model'"):
-        load_encoder("no/such-model")
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"expected an encoder \(stickers, clip, .*got 'no-such-model'"):
+        load_encoder("no-such-model", network=True)
 
 
 def test_a_folder_that_is_no_encoder_is_an_error(tmp_path: Path) -> None:

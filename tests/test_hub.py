@@ -1,9 +1,10 @@
-"""Models by `owner/name`: fetched once and verified, sent whole, and every failure a line with its cure."""
+"""Models and encoders by `owner/name`: fetched once and verified, sent whole, and every failure a line with its cure."""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import socket
 import sys
@@ -12,8 +13,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants as hub_constants
-from test_encoders import some_images
+from safetensors.torch import load_file
+from test_convert_legacy import Call
+from test_encoders import TEXTS, published, some_images
 from tiny_hub import TinyHub, point_at, serving
 from tiny_world import build_model, draw_pictures, same_pixels
 
@@ -21,6 +25,7 @@ from knn_diffusion import ImageIndex, KnnDiffusion
 from knn_diffusion.cli import main
 from knn_diffusion.errors import CheckpointError, HubError, KnnDiffusionError, MissingDependencyError, UsageError
 from knn_diffusion.hub import fetch, is_hub_id
+from knn_diffusion.models.encoders import load_encoder
 
 NAME = "someone/tiny"
 
@@ -222,6 +227,50 @@ def test_without_the_package_the_error_names_the_command(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'knn-diffusion\[hub\]'"):
         KnnDiffusion.from_pretrained(NAME, device="cpu")
+
+
+# Encoders
+
+
+def test_an_encoder_of_the_hub_is_the_one_in_its_folder(hub: TinyHub, tmp_path: Path) -> None:
+    folder = published(hub.folder("openai/clip-vit-base-patch32"), "clip")
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"anything")
+    (folder / "custom.py").write_text("raise SystemExit")
+    with pytest.raises(HubError, match="no leave to download it: run `hf download openai/clip-vit-base-patch32`"):
+        load_encoder("clip")
+    assert hub.asked == []
+    there = load_encoder("openai/clip-vit-base-patch32", network=True)
+    assert {"open_clip_pytorch_model.bin", "custom.py"}.isdisjoint(hub.fetched())
+    assert there.fingerprint == load_encoder(folder).fingerprint == load_encoder("clip").fingerprint
+    assert there.name == "openai/clip-vit-base-patch32"
+    assert (there.encode_texts(TEXTS) == load_encoder(folder).encode_texts(TEXTS)).all()
+
+
+def test_an_index_is_built_with_an_encoder_of_the_hub_and_opened_without_the_network(
+    hub: TinyHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published(hub.folder("laion/tiny"), "clip")
+    pictures = draw_pictures(tmp_path / "pictures")
+    assert main(["index", "build", str(pictures), "--output", "mine", "--encoder", "laion/tiny"]) == 0
+    hub.asked.clear()
+    with ImageIndex.open("mine") as index:
+        assert len(index.search_text("a red heart", k=3).ids[0]) == 3
+    shutil.rmtree(tmp_path / "cache")
+    capsys.readouterr()
+    assert main(["index", "search", "mine", "--text", "a red heart"]) == 1
+    assert "run `hf download laion/tiny`" in capsys.readouterr().err
+    assert hub.asked == []
+
+
+def test_pickled_weights_are_read_without_running_them(hub: TinyHub, tmp_path: Path) -> None:
+    folder = published(hub.folder("old/clip"), "clip")
+    whole = load_encoder(folder).fingerprint
+    weights = load_file(folder / "model.safetensors")
+    weights["text_model.embeddings.position_ids"] = torch.arange(12)[None]  # as in OpenAI's files
+    torch.save({**weights, "hostile": Call(os.mkdir, str(tmp_path / "touched"))}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert load_encoder("old/clip", network=True).fingerprint == whole
+    assert not (tmp_path / "touched").exists()
 
 
 def test_a_file_that_is_not_needed_is_not_missed(hub: TinyHub, model: Path) -> None:

@@ -208,8 +208,9 @@ def test_the_encoder_is_loaded_by_where_it_was_or_by_its_name(
 ) -> None:
     asked: list[str] = []
 
-    def load(place: str | Path) -> ColourEncoder:
+    def load(place: str | Path, *, network: bool = False) -> ColourEncoder:
         asked.append(str(place))
+        assert not network
         return ColourEncoder()
 
     monkeypatch.setattr(encoder_module, "load_encoder", load)

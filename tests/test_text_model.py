@@ -144,7 +144,7 @@ def test_the_page_puts_a_whole_model_together(world: Path, tmp_path: Path, monke
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(world / "model" / part)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(REGISTRY, "clip", lambda network: load_encoder(world / "clip"))
+    monkeypatch.setitem(REGISTRY, "openai/clip-vit-base-patch32", lambda network: load_encoder(world / "clip"))
     names: dict[str, Any] = {}
     exec(compile(block.replace("num_steps=100", f"num_steps={STEPS // 50}"), "example", "exec"), names)
     assert (tmp_path / "heart.png").is_file()

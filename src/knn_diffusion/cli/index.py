@@ -48,7 +48,9 @@ def build(
     images: ImagesArgument,
     *,
     output: Annotated[Path, typer.Option("--output", help="New folder for the index.", show_default=False)],
-    encoder: Annotated[str, typer.Option("--encoder", help="Registered name, folder or model id.")] = "stickers",
+    encoder: Annotated[
+        str, typer.Option("--encoder", help="Registered name, folder or owner/name on the hub.")
+    ] = "stickers",
     metadata: MetadataOption = None,
     ray: RayOption = False,
     ray_address: RayAddressOption = None,

@@ -35,7 +35,9 @@ def import_embeddings(
     output: Annotated[
         Path, typer.Option("--output", help="Folder of the index, new or to add to.", show_default=False)
     ],
-    encoder: Annotated[str | None, typer.Option("--encoder", help="What made them: name, folder or model id.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="What made them: name, folder or owner/name on the hub.")
+    ] = None,
     encoder_name: Annotated[
         str | None, typer.Option("--encoder-name", help="Its name, when it is not at hand.")
     ] = None,

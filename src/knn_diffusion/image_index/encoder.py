@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from knn_diffusion.errors import FingerprintError
+from knn_diffusion.hub import is_hub_id
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
 
@@ -39,8 +40,8 @@ class IndexEncoder:
         with self._lock:
             if self._loaded is None:
                 refuse_unknown(self._store)
-                place = self._place or self._neighboring() or self._store.setting(PLACE)
-                self._loaded = checked(loaded(place or self._store.encoder.name), self._store)
+                place = self._neighboring() or self._store.setting(PLACE) or self._store.encoder.name
+                self._loaded = checked(loaded(self._place) if self._place else load_encoder(place), self._store)
             return self._loaded
 
     def _neighboring(self) -> Path | None:
@@ -50,8 +51,11 @@ class IndexEncoder:
 
 
 def loaded(encoder: AnyEncoder) -> JointEncoder:
-    """The encoder itself. Raises: UsageError when there is none of that name or in that folder."""
-    return load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    """The encoder itself; who names `owner/name` of the hub asks to download it where it must be.
+
+    Raises: UsageError when there is none of that name or in that folder; HubError when the hub has none.
+    """
+    return load_encoder(encoder, network=is_hub_id(encoder)) if isinstance(encoder, str | Path) else encoder
 
 
 def identity_of(encoder: JointEncoder) -> EncoderIdentity:

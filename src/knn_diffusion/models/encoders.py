@@ -1,21 +1,19 @@
-"""The seam between this package and any joint text-image encoder: one protocol, a registry, and two adapters.
+"""The seam between this package and any joint text-image encoder: one protocol, a registry, and the encoder of this package.
 
-The bundled small encoder and real CLIP, SigLIP or SigLIP 2 (through transformers) answer the same calls. A vector never
+The small encoder here and real CLIP, SigLIP or SigLIP 2 (`transformers_encoder`) answer the same calls. A vector never
 depends on what else was encoded with it: texts go one by one, images in batches of a fixed size.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -31,14 +29,16 @@ from knn_diffusion.checkpoint import (
     write_json,
 )
 from knn_diffusion.config import read_mapping
-from knn_diffusion.errors import CheckpointError, MissingDependencyError, UsageError
+from knn_diffusion.errors import CheckpointError, UsageError
+from knn_diffusion.hub import is_hub_id
+from knn_diffusion.models.fixed_batches import in_fixed_batches
 from knn_diffusion.models.small_encoder import SmallEncoder, SmallEncoderConfig
 from knn_diffusion.models.text_tower import SentenceEncoder, load_text_tower, save_text_tower
+from knn_diffusion.models.transformers_encoder import TransformersEncoder, fetch_encoder, load_transformers_encoder
 from knn_diffusion.shapes import Embeddings
 
 KIND = "small-encoder"
 TEXT_FOLDER = "text"
-IMAGES_AT_ONCE = 16
 BUNDLES = Path(__file__).parent.parent / "bundles"
 
 
@@ -105,7 +105,7 @@ class SmallJointEncoder:
         def embed(rows: UInt8[np.ndarray, "queries height width 3"]) -> Tensor:
             return self.network.embed_images(pictures.pixels_from_uint8(rows).to(device))
 
-        return _in_fixed_batches(embed, arrays, self.dim)
+        return in_fixed_batches(embed, arrays, self.dim)
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """One unit row per text.
@@ -122,103 +122,29 @@ class SmallJointEncoder:
         return hashlib.sha256("\n".join([*weights, preprocessing]).encode()).hexdigest()
 
 
-class TransformersEncoder:
-    """A CLIP, SigLIP or SigLIP 2 model of the transformers library.
+def load_encoder(name_or_dir: str | Path, *, network: bool = False, revision: str | None = None) -> JointEncoder:
+    """The encoder of a registered name, of a folder, or of a repository `owner/name` on the Hugging Face hub.
 
     Args:
-        model: has get_image_features and get_text_features.
-        image_processor: its own preprocessing, of the PIL backend.
-        tokenizer: its own; texts are padded to the full length where the model was trained so.
-    """
-
-    def __init__(self, model: Any, image_processor: Any, tokenizer: Any, name: str) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.image_processor, self.tokenizer, self.name = image_processor, tokenizer, name
-        self.max_tokens = int(model.config.text_config.max_position_embeddings)
-        self.pads_to_full_length = str(model.config.model_type).startswith("siglip")
-        text = model.config.text_config
-        self.dim = int(
-            getattr(model.config, "projection_dim", None) or getattr(text, "projection_size", text.hidden_size)
-        )
-        self.fingerprint = self._fingerprint()
-
-    def to(self, device: torch.device | str) -> TransformersEncoder:
-        """Work on that device; returns itself."""
-        self.model.to(device)
-        return self
-
-    def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        """One unit row per image."""
-        if not images:
-            return np.empty((0, self.dim), np.float32)
-        prepared = [self._prepare(image) for image in images]
-        arrays = {key: np.concatenate([one[key] for one in prepared]) for key in prepared[0]}
-
-        def embed(rows: np.ndarray) -> Tensor:
-            inputs = {key: torch.from_numpy(array[rows]).to(self.model.device) for key, array in arrays.items()}
-            return F.normalize(vector_of(self.model.get_image_features(**inputs)).float(), dim=-1)
-
-        return _in_fixed_batches(embed, np.arange(len(images)), self.dim)
-
-    def encode_texts(self, texts: Sequence[str]) -> Embeddings:
-        """One unit row per text.
-
-        Raises: UsageError when a text is empty or longer than the text tower reads.
-        """
-        rows = [self._encode_text(text) for text in texts]
-        return torch.cat(rows).cpu().numpy() if rows else np.empty((0, self.dim), np.float32)
-
-    def _prepare(self, image: Image.Image) -> dict[str, np.ndarray]:
-        made = self.image_processor(images=[image.convert("RGB")], return_tensors="np")
-        return {key: np.asarray(value) for key, value in made.items()}
-
-    def _encode_text(self, text: str) -> Float[Tensor, "batch dim"]:
-        if not text.strip():
-            raise UsageError(f"expected a prompt with at least one word, got {text!r}: say what to show")
-        count = len(self.tokenizer(text, verbose=False)["input_ids"])
-        if count > self.max_tokens:
-            raise UsageError(
-                f"expected a prompt of at most {self.max_tokens} tokens with its markers, got {count} ({text[:30]!r}...): "
-                "shorten the prompt"
-            )
-        full = {"padding": "max_length", "max_length": self.max_tokens, "truncation": True}
-        inputs = self.tokenizer([text], return_tensors="pt", **(full if self.pads_to_full_length else {}))
-        with torch.inference_mode():
-            features = self.model.get_text_features(
-                **{key: value.to(self.model.device) for key, value in inputs.items()}
-            )
-            return F.normalize(vector_of(features).float(), dim=-1)
-
-    def _fingerprint(self) -> str:
-        settings = self.image_processor.to_dict()
-        probe = self.tokenizer("A photo of a Cat, 3 dogs!", verbose=False)["input_ids"]
-        facts = [settings, self.max_tokens, self.pads_to_full_length, len(self.tokenizer), list(probe)]
-        preprocessing = json.dumps(facts, sort_keys=True, default=str)
-        return hashlib.sha256((weights_digest(self.model.state_dict()) + preprocessing).encode()).hexdigest()
-
-
-def vector_of(features: Any) -> Float[Tensor, "batch dim"]:
-    """The vectors that get_image_features or get_text_features gave: a tensor before transformers 5, an object since."""
-    return features if isinstance(features, Tensor) else features.pooler_output
-
-
-def load_encoder(name_or_dir: str | Path, *, network: bool = False) -> JointEncoder:
-    """The encoder of a registered name, of a folder, or of a Hugging Face model id.
-
-    Args:
-        network: whether a model id may be fetched; otherwise it must lie in the local cache.
+        network: whether a repository may be downloaded; otherwise it must lie in the hub's cache.
+        revision: its branch, tag or commit.
 
     Raises: UsageError when there is no such encoder; CheckpointError when it is damaged; MissingDependencyError when it
-    needs transformers and that is not installed.
+        needs transformers and that is not installed; HubError when the hub does not have it or cannot be reached.
     """
     name = str(name_or_dir)
     if name in REGISTRY:
         return REGISTRY[name](network)
     folder = Path(name_or_dir)
     if not folder.is_dir():
-        return load_transformers_encoder(name, network=network)
+        if not is_hub_id(name):
+            known = ", ".join(REGISTRY)
+            raise UsageError(
+                f"expected an encoder ({known}), a folder or owner/name on the hub, got {name!r}: check the name"
+            )
+        folder = fetch_encoder(name, network=network, revision=revision)
     if (folder / CONFIG_FILE).is_file() and "model_type" in read_facts(folder / CONFIG_FILE):
-        return load_transformers_encoder(folder)
+        return load_transformers_encoder(folder, name)
     return load_small_encoder(folder)
 
 
@@ -232,37 +158,6 @@ def load_small_encoder(folder: Path) -> SmallJointEncoder:
     apply_weights(network, part.weights, str(folder))
     facts = dict(part.extra)
     return SmallJointEncoder(network, load_text_tower(folder / TEXT_FOLDER), facts.pop("name", folder.name), facts)
-
-
-def load_transformers_encoder(name_or_dir: str | Path, *, network: bool = False) -> TransformersEncoder:
-    """Load CLIP, SigLIP or SigLIP 2 through transformers, from a folder, the local cache or, if asked, the network.
-
-    Raises: MissingDependencyError without transformers; UsageError when the model is not there.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise MissingDependencyError(
-            f"expected transformers for the encoder {str(name_or_dir)!r}, it is not installed: pip install 'knn-diffusion[clip]'"
-        ) from None
-    auto: Any = transformers
-    local = {"local_files_only": not network}
-    try:
-        model = auto.AutoModel.from_pretrained(name_or_dir, dtype=torch.float32, **local)
-        processor = auto.AutoImageProcessor.from_pretrained(name_or_dir, backend="pil", **local)
-        tokenizer = auto.AutoTokenizer.from_pretrained(name_or_dir, **local)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        known = ", ".join(REGISTRY)
-        raise UsageError(
-            f"expected an encoder ({known}), a folder or a model id in the local cache, got {str(name_or_dir)!r} ({reason}): "
-            "check the name or fetch the model first"
-        ) from None
-    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-        raise UsageError(
-            f"expected a joint text-image model, {str(name_or_dir)!r} is a {type(model).__name__}: choose CLIP or SigLIP"
-        )
-    return TransformersEncoder(model, processor, tokenizer, str(name_or_dir))
 
 
 def save_encoder(encoder: JointEncoder, folder: Path) -> None:
@@ -292,17 +187,6 @@ def save_small_encoder(
         save_text_tower(temporary / TEXT_FOLDER, sentences)
 
 
-def _in_fixed_batches(embed: Callable[[np.ndarray], Tensor], rows: np.ndarray, dim: int) -> Embeddings:
-    """Embed rows in batches of one fixed size, the last filled up, so that a vector does not depend on its company."""
-    made = np.empty((len(rows), dim), np.float32)
-    with torch.inference_mode():
-        for start in range(0, len(rows), IMAGES_AT_ONCE):
-            some = rows[start : start + IMAGES_AT_ONCE]
-            filled = np.concatenate([some, np.repeat(some[-1:], IMAGES_AT_ONCE - len(some), axis=0)])
-            made[start : start + len(some)] = embed(filled)[: len(some)].cpu().numpy()
-    return made
-
-
 def _load_bundled(network: bool) -> JointEncoder:
     folder = BUNDLES / "stickers" / "encoder"
     if not folder.is_dir():
@@ -310,8 +194,8 @@ def _load_bundled(network: bool) -> JointEncoder:
     return load_small_encoder(folder)
 
 
-def _load_published(model_id: str) -> Callable[[bool], JointEncoder]:
-    return lambda network: load_transformers_encoder(model_id, network=network)
+def _load_published(name: str) -> Callable[[bool], JointEncoder]:
+    return lambda network: load_encoder(name, network=network)
 
 
 REGISTRY: dict[str, Callable[[bool], JointEncoder]] = {

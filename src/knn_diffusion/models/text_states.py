@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from knn_diffusion.checkpoint import load_weights_file
 from knn_diffusion.errors import CheckpointError, UsageError
-from knn_diffusion.models.encoders import JointEncoder, TransformersEncoder
+from knn_diffusion.models.encoders import JointEncoder
+from knn_diffusion.models.transformers_encoder import TransformersEncoder
 
 NULL_FILE = "null_condition.safetensors"
 """Beside a denoiser's weights: `y` [slots, dim], the condition that it was trained with for guidance."""

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from knn_diffusion.config import require
 from knn_diffusion.errors import UsageError
+from knn_diffusion.randomness import rand, randn
 from knn_diffusion.shapes import Condition
 
 MAX_QUERY_WEIGHT = 3.0
@@ -90,7 +91,7 @@ def lafite_noise(
         weight: share of the random direction, 0 … 1; LAFITE's 0.75 leaves a cosine of about 0.32 to the embedding.
     """
     require(0 <= weight <= 1, "weight", weight, "between 0 and 1")
-    drawn = torch.randn(embedding.shape, generator=generator, device=generator.device).to(embedding)
+    drawn = randn(*embedding.shape, generator=generator).to(embedding)
     return normalize((1 - weight) * embedding + weight * normalize(drawn, dim=-1), dim=-1)
 
 
@@ -120,5 +121,5 @@ def drop_query(condition: Condition, probability: float, generator: torch.Genera
 
 def _chosen(condition: Condition, probability: float, generator: torch.Generator) -> Bool[Tensor, "batch"]:
     require(0 <= probability <= 1, "probability", probability, "between 0 and 1")
-    drawn = torch.rand(len(condition.y), dtype=torch.float64, generator=generator, device=generator.device)
+    drawn = rand(len(condition.y), generator=generator, dtype=torch.float64)
     return (drawn < probability).to(condition.y.device)

@@ -175,7 +175,7 @@ class StepSampler(nn.Module):
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Steps, Float[Tensor, "batch"]]:
         """Draw a step for each image; returns the steps and the float64 probability each was drawn with."""
         probabilities = self.probabilities()
-        index = categorical(probabilities.expand(1, batch, -1), generator)[0]
+        index = categorical(probabilities.expand(batch, 1, -1), generator)[:, 0]
         return index + 1, probabilities[index]
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from knn_diffusion.config import config, require
 from knn_diffusion.errors import UsageError
+from knn_diffusion.randomness import rand
 from knn_diffusion.shapes import Steps, Tokens
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -152,8 +153,7 @@ def uniform(
     Raises: UsageError when there is a list of generators that does not have one for each image.
     """
     if isinstance(generators, torch.Generator):
-        drawn = torch.rand(batch, seq, dtype=torch.float64, generator=generators, device=generators.device)
-        return drawn.to(device)
+        return rand(batch, seq, generator=generators, dtype=torch.float64).to(device)
     if len(generators) != batch:
         raise UsageError(f"expected a generator for each of {batch} images, got {len(generators)}: pass one per image")
     rows = [torch.rand(seq, dtype=torch.float64, generator=one, device=one.device).to(device) for one in generators]

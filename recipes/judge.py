@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from knn_diffusion.training.judge import default_training, train_judge
-from knn_diffusion.training.loop import Progress
+from knn_diffusion.training.options import RunOptions, StepProgress
 
 
 def main() -> None:
@@ -21,20 +21,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
 
-    def watch(progress: Progress) -> None:
+    def watch(progress: StepProgress) -> None:
         if progress.step % 100 == 0:
             print(progress.step, {name: round(value, 3) for name, value in progress.metrics.items()}, flush=True)
 
-    print(
-        train_judge(
-            options.output,
-            default_training(options.steps),
-            resume=True,
-            max_minutes=options.max_minutes,
-            device=options.device,
-            watch=watch,
-        )
+    run = RunOptions(
+        output=options.output, resume=True, max_minutes=options.max_minutes, device=options.device, watch=watch
     )
+    print(train_judge(run, default_training(options.steps)))
 
 
 if __name__ == "__main__":

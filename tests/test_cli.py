@@ -29,7 +29,7 @@ from knn_diffusion.errors import UsageError
 from knn_diffusion.images import open_image, read_settings, square
 from knn_diffusion.retrieval.dedup import DedupConfig
 from knn_diffusion.retrieval.drift import Drift
-from knn_diffusion.training.loop import Progress as Step
+from knn_diffusion.training.options import StepProgress
 
 
 @pytest.fixture(scope="module")
@@ -422,11 +422,11 @@ def test_long_training_says_a_line_now_and_then_where_no_bar_can_be_drawn(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("knn_diffusion.cli.terminal.time.monotonic", lambda: clock[0])
-    with _watched("denoiser") as told:
+    with _watched("denoiser", Path("run")) as told:
         for number in range(41, 49):
             clock[0] += 10.0
             metrics = {"learning_rate": 0.1, "denoiser/loss": 1.25}
-            told["watch"](Step(step=number, num_steps=100, metrics=metrics, seconds=clock[0]))
+            told.watch(StepProgress(step=number, num_steps=100, metrics=metrics, seconds=clock[0]))
     assert capsys.readouterr().err.splitlines() == [
         "training the denoiser: step 43 of 100, loss 1.25, about 10 min left",
         "training the denoiser: step 46 of 100, loss 1.25, about 9 min left",

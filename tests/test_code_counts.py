@@ -28,6 +28,7 @@ from knn_diffusion.training.code_counts import count_codes
 from knn_diffusion.training.data import load_pixels
 from knn_diffusion.training.denoiser import DenoiserRun, train_denoiser
 from knn_diffusion.training.neighbors import prepare
+from knn_diffusion.training.options import RunOptions
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +76,15 @@ def test_counted_codes_become_a_small_tokenizer_that_a_denoiser_trains_on(
     assert main(["convert", str(folder), str(tmp_path / "small"), "--codes", str(listed)]) == 0
     assert f"{len(used)} of {VOCAB} codes" in capsys.readouterr().out
     run = tiny_run(world)
+    options = RunOptions(output=tmp_path / "run", device="cpu")
     with ImageIndex.open(world / "model" / "index") as index:
         sizes = f"vocab_size {VOCAB}, got one with {len(used)}: add --set denoiser.vocab_size={len(used)} --set schedule.voc"
         with pytest.raises(UsageError, match=sizes):
-            train_denoiser(run, [pictures], index, tmp_path / "run", tokenizer=tmp_path / "small", device="cpu")
+            train_denoiser(run, [pictures], index, options, tokenizer=tmp_path / "small")
         values = to_dict(run)
         values["denoiser"]["vocab_size"] = values["schedule"]["vocab_size"] = len(used)
         run = from_dict(DenoiserRun, values)
-        train_denoiser(run, [pictures], index, tmp_path / "run", tokenizer=tmp_path / "small", device="cpu")
+        train_denoiser(run, [pictures], index, options, tokenizer=tmp_path / "small")
     pipe = KnnDiffusion.from_pretrained(tmp_path / "run" / "model", index=world / "model" / "index", device="cpu")
     assert pipe.model.tokenizer.vocab_size == pipe.model.denoiser.config.vocab_size == len(used)
     (image,) = pipe("a red heart", k=2, seed=0).images

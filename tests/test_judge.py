@@ -13,7 +13,8 @@ from knn_diffusion.errors import CheckpointError, ConfigError
 from knn_diffusion.models.judge import Judge, JudgeConfig, judge_digest, judge_images, load_judge, save_judge
 from knn_diffusion.stickers.glyphs import glyph_file_name
 from knn_diffusion.training import judge as training
-from knn_diffusion.training.loop import TrainingConfig
+from knn_diffusion.training.options import RunOptions
+from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.roughening import roughen, wobble
 
 SMALL = {"size": 32, "widths": (6, 8, 8), "depths": (0, 1, 0)}
@@ -140,7 +141,7 @@ def test_a_tiny_judge_learns_what_it_is_shown(glyphs: stickers.FolderGlyphs, tmp
         precision="float32",
     )
     result = training.train_judge(
-        tmp_path, config, num_images=200, num_validation=40, glyphs=glyphs, judge=small_judge_config(glyphs),
+        RunOptions(output=tmp_path, device="cpu"), config, num_images=200, num_validation=40, glyphs=glyphs, judge=small_judge_config(glyphs),
     )  # fmt: skip
     assert result.finished
     assert result.metrics["validation/top1"] > 0.6

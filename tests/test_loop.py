@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from knn_diffusion.checkpoint import save_part
 from knn_diffusion.config import config
 from knn_diffusion.errors import CheckpointError, ConfigError, TrainingError, UsageError
-from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, Validation, batch_indices, learning_rate, train
+from knn_diffusion.training import loop
+from knn_diffusion.training.loop import TrainingResult
+from knn_diffusion.training.objective import Phase, Validation
+from knn_diffusion.training.options import RunOptions, StepProgress
+from knn_diffusion.training.plan import TrainingConfig, batch_indices, learning_rate
 
 
 @config
@@ -75,16 +79,20 @@ def settings(**changes: object) -> TrainingConfig:
     return TrainingConfig(**{**values, "validate_every": 6, "checkpoint_every": 4, "log_every": 1, **changes})
 
 
+def train(line: Line, points: Points, config: TrainingConfig, output: Path, **options: Any) -> TrainingResult:
+    return loop.train(line, points, config, RunOptions(output=output, **{"device": "cpu", **options}))
+
+
 def state(line: Line) -> list[Tensor]:
     return [value.clone() for value in line.modules.state_dict().values()]
 
 
 def test_a_resumed_run_equals_the_run_that_never_stopped(tmp_path: Path) -> None:
     whole = Line()
-    train(whole, Points(), settings(), tmp_path / "whole", device="cpu")
+    train(whole, Points(), settings(), tmp_path / "whole")
     stop_after(5, Line(), tmp_path / "parts")
     resumed = Line()
-    result = train(resumed, Points(), settings(), tmp_path / "parts", resume=True, device="cpu")
+    result = train(resumed, Points(), settings(), tmp_path / "parts", resume=True)
     assert result.finished
     assert all(torch.equal(a, b) for a, b in zip(state(whole), state(resumed), strict=True))
     exported = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
@@ -95,12 +103,12 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(tmp_path: Path) -> None
 
 
 def stop_after(step: int, line: Line, output: Path) -> None:
-    def press_ctrl_c(progress: Progress) -> None:
+    def press_ctrl_c(progress: StepProgress) -> None:
         if progress.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(line, Points(), settings(), output, device="cpu", watch=press_ctrl_c)
+        train(line, Points(), settings(), output, watch=press_ctrl_c)
 
 
 def test_an_interrupted_run_leaves_a_checkpoint_of_a_whole_step(tmp_path: Path) -> None:
@@ -110,33 +118,33 @@ def test_an_interrupted_run_leaves_a_checkpoint_of_a_whole_step(tmp_path: Path) 
 
 
 def test_time_slices_stop_early_and_say_so(tmp_path: Path) -> None:
-    result = train(Line(), Points(), settings(), tmp_path, max_minutes=0.0, device="cpu")
+    result = train(Line(), Points(), settings(), tmp_path, max_minutes=0.0)
     assert (result.step, result.finished) == (1, False)
 
 
 def test_a_second_run_never_overwrites_the_first(tmp_path: Path) -> None:
-    train(Line(), Points(), settings(), tmp_path, max_minutes=0.0, device="cpu")
+    train(Line(), Points(), settings(), tmp_path, max_minutes=0.0)
     with pytest.raises(UsageError, match="already holds a run .* add --resume"):
-        train(Line(), Points(), settings(), tmp_path, device="cpu")
+        train(Line(), Points(), settings(), tmp_path)
     with pytest.raises(UsageError, match="expected a folder for --output, .* is a file"):
-        train(Line(), Points(), settings(), tmp_path / "metrics.jsonl", device="cpu")
+        train(Line(), Points(), settings(), tmp_path / "metrics.jsonl")
 
 
 def test_resuming_with_another_batch_size_is_refused_and_a_longer_run_is_not(tmp_path: Path) -> None:
-    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    train(Line(), Points(), settings(num_steps=2), tmp_path)
     with pytest.raises(ConfigError, match="training.batch_size = 4, asked for 5"):
-        train(Line(), Points(), settings(batch_size=5), tmp_path, resume=True, device="cpu")
+        train(Line(), Points(), settings(batch_size=5), tmp_path, resume=True)
     said: list[str] = []
     longer = settings(num_steps=3, log_every=2)
-    assert train(Line(), Points(), longer, tmp_path, resume=True, device="cpu", notice=said.append).step == 3
+    assert train(Line(), Points(), longer, tmp_path, resume=True, notice=said.append).step == 3
     assert said == ["training.num_steps was 2, is 3 now", "training.log_every was 1, is 2 now"]
 
 
 def test_a_complete_run_says_so(tmp_path: Path) -> None:
-    train(Line(), Points(), settings(num_steps=3), tmp_path, device="cpu")
+    train(Line(), Points(), settings(num_steps=3), tmp_path)
     with pytest.raises(UsageError, match=r"holds a complete run \(step 3 of 3\), its model lies in .*model: choose"):
-        train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
-    assert train(Line(), Points(), settings(num_steps=2), tmp_path, resume=True, device="cpu").finished
+        train(Line(), Points(), settings(num_steps=2), tmp_path)
+    assert train(Line(), Points(), settings(num_steps=2), tmp_path, resume=True).finished
 
 
 @pytest.mark.parametrize(
@@ -148,23 +156,23 @@ def test_a_complete_run_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_resuming_with_another_objective_is_refused(asked: dict[str, object], message: str, tmp_path: Path) -> None:
-    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    train(Line(), Points(), settings(num_steps=2), tmp_path)
     other = Line()
     other.settings = asked
     with pytest.raises(ConfigError, match=message):
-        train(other, Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu")
+        train(other, Points(), settings(num_steps=3), tmp_path, resume=True)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
-    train(Line(), Points(), settings(), tmp_path, device="cpu")
+    train(Line(), Points(), settings(), tmp_path)
     newest = max((tmp_path / "checkpoints").iterdir())
     damage(newest / "state.safetensors")
     resumed = Line()
-    assert train(resumed, Points(), settings(), tmp_path, resume=True, device="cpu").finished
+    assert train(resumed, Points(), settings(), tmp_path, resume=True).finished
     for checkpoint in (tmp_path / "checkpoints").iterdir():
         damage(checkpoint / "state.safetensors")
     with pytest.raises(CheckpointError, match="no checkpoint under .* is sound"):
-        train(Line(), Points(), settings(), tmp_path, resume=True, device="cpu")
+        train(Line(), Points(), settings(), tmp_path, resume=True)
 
 
 def damage(path: Path) -> None:
@@ -174,15 +182,15 @@ def damage(path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_version_is_said_to_be_one(tmp_path: Path) -> None:
-    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    train(Line(), Points(), settings(num_steps=2), tmp_path)
     facts = tmp_path / "checkpoints" / "step-00000002" / "state.json"
     facts.write_text(facts.read_text().replace('"settings"', '"config"'))
     with pytest.raises(CheckpointError, match="written by another version of this package, it lacks 'settings'"):
-        train(Line(), Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu")
+        train(Line(), Points(), settings(num_steps=3), tmp_path, resume=True)
 
 
 def test_a_run_from_before_an_option_goes_on_while_the_option_is_off(tmp_path: Path) -> None:
-    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    train(Line(), Points(), settings(num_steps=2), tmp_path)
 
     class Newer(Line):
         def __init__(self, option: object) -> None:
@@ -190,20 +198,20 @@ def test_a_run_from_before_an_option_goes_on_while_the_option_is_off(tmp_path: P
             self.settings = {**self.settings, "network": {"option": option}}
 
     with pytest.raises(ConfigError, match="network.option = None, asked for True"):
-        train(Newer(True), Points(), settings(), tmp_path, resume=True, device="cpu")
-    assert train(Newer(False), Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu").step == 3
+        train(Newer(True), Points(), settings(), tmp_path, resume=True)
+    assert train(Newer(False), Points(), settings(num_steps=3), tmp_path, resume=True).step == 3
 
 
 def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".writing-killed").mkdir(parents=True)
-    train(Line(), Points(), settings(), tmp_path, device="cpu")
+    train(Line(), Points(), settings(), tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path: Path) -> None:
     line = Line(poison_at=5)
     with pytest.raises(TrainingError, match="loss is nan .* at step 5"):
-        train(line, Points(), settings(), tmp_path, device="cpu")
+        train(line, Points(), settings(), tmp_path)
     assert all(torch.isfinite(value).all() for value in state(line))
 
 
@@ -227,7 +235,7 @@ def test_without_warm_up_the_first_step_is_already_at_the_peak(tmp_path: Path) -
     c = settings(num_steps=4, warmup_steps=0, learning_rate=1.0)
     assert learning_rate(c, 0) == 1.0
     assert 0.8 < learning_rate(c, 1) < 1.0
-    assert train(Line(), Points(), settings(num_steps=1, warmup_steps=0), tmp_path, device="cpu").finished
+    assert train(Line(), Points(), settings(num_steps=1, warmup_steps=0), tmp_path).finished
 
 
 def test_moment_decays_outside_0_to_1_are_refused() -> None:
@@ -236,10 +244,10 @@ def test_moment_decays_outside_0_to_1_are_refused() -> None:
 
 
 def test_a_log_line_cut_short_by_a_crash_does_not_stop_the_resume(tmp_path: Path) -> None:
-    train(Line(), Points(), settings(num_steps=2), tmp_path, device="cpu")
+    train(Line(), Points(), settings(num_steps=2), tmp_path)
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"step": 3, "minu')
-    assert train(Line(), Points(), settings(num_steps=3), tmp_path, resume=True, device="cpu").step == 3
+    assert train(Line(), Points(), settings(num_steps=3), tmp_path, resume=True).step == 3
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2, 3, 3]  # a validation is a line of its own
 
@@ -251,7 +259,6 @@ def test_the_toy_is_learned(tmp_path: Path) -> None:
         Points(64),
         settings(num_steps=200, batch_size=16, ema_decay=0.9, weight_decay=0.0),
         tmp_path,
-        device="cpu",
     )
     assert torch.allclose(line.network.weight[0], Points.truth, atol=0.3)
 

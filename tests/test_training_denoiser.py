@@ -23,6 +23,7 @@ from knn_diffusion.training import neighbors
 from knn_diffusion.training.data import load_pixels
 from knn_diffusion.training.denoiser import DenoiserRun, train_denoiser
 from knn_diffusion.training.neighbors import ABSENT, prepare
+from knn_diffusion.training.options import RunOptions
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,8 @@ def train(
             tiny_run(world, num_steps, k),
             [world / "pictures"],
             opened,
-            output,
+            RunOptions(output=output, resume=num_steps > 1, device="cpu"),
             tokenizer=world / tokenizer / "tokenizer",
-            resume=num_steps > 1,
-            device="cpu",
         )
 
 
@@ -140,12 +139,13 @@ def test_parts_of_an_attempt_that_never_trained_are_replaced(world: Path, tmp_pa
 
 def test_going_on_from_a_model_of_another_shape_names_the_difference(world: Path, tmp_path: Path) -> None:
     run = tiny_run(world)
+    options = RunOptions(output=tmp_path / "run", device="cpu")
     wider = replace(run, denoiser=replace(run.denoiser, width=32))
     with (
         ImageIndex.open(world / "model" / "index") as index,
         pytest.raises(ConfigError, match="got width 32 for 16: leave out --preset"),
     ):
-        train_denoiser(wider, [world / "pictures"], index, tmp_path / "run", init=world / "model", device="cpu")
+        train_denoiser(wider, [world / "pictures"], index, options, init=world / "model")
 
 
 def test_a_model_that_goes_on_from_another_draws_as_that_one_did(world: Path, tmp_path: Path) -> None:
@@ -153,8 +153,7 @@ def test_a_model_that_goes_on_from_another_draws_as_that_one_did(world: Path, tm
     sampler = SamplerConfig(num_steps=2, order="confidence", guidance_scale=2.5)
     write_pipeline_file(tmp_path / "start", name="start", sampler=sampler, k=3, query_weight=0.5)
     with ImageIndex.open(world / "model" / "index") as index:
-        train_denoiser(
-            tiny_run(world), [world / "pictures"], index, tmp_path / "run", init=tmp_path / "start", device="cpu"
-        )
+        options = RunOptions(output=tmp_path / "run", device="cpu")
+        train_denoiser(tiny_run(world), [world / "pictures"], index, options, init=tmp_path / "start")
     made = load_model(tmp_path / "run" / "model")
     assert (made.sampler, made.k, made.query_weight) == (sampler, 3, 0.5)

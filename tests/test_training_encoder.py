@@ -26,7 +26,9 @@ from knn_diffusion.training.encoder import (
     train_encoder,
 )
 from knn_diffusion.training.encoder_benchmark import EncoderBenchmark, looks_probe, sticker_benchmark
-from knn_diffusion.training.loop import TrainingConfig, train
+from knn_diffusion.training.loop import train
+from knn_diffusion.training.options import RunOptions
+from knn_diffusion.training.plan import TrainingConfig
 
 GLYPHS = stickers.FolderGlyphs(Path(__file__).parent / "fixtures" / "glyphs")
 
@@ -113,7 +115,8 @@ def test_training_lowers_both_losses_and_leaves_an_encoder_that_loads(
 ) -> None:
     objective = EncoderObjective(tiny_run(), tiny_sentences(max_tokens=100), benchmark)
     seen: list[dict[str, float]] = []
-    train(objective, pairs, tiny_run().training, tmp_path, device="cpu", watch=lambda p: seen.append(dict(p.metrics)))
+    options = RunOptions(output=tmp_path, device="cpu", watch=lambda step: seen.append(dict(step.metrics)))
+    train(objective, pairs, tiny_run().training, options)
     for name in ("encoder/contrast", "encoder/looks"):
         early, late = (np.mean([metrics[name] for metrics in part]) for part in (seen[:10], seen[-10:]))
         assert late < 0.9 * early
@@ -244,8 +247,9 @@ def test_a_folder_with_captions_trains_an_encoder_in_resumable_slices(tmp_path: 
         patch.setattr(
             "knn_diffusion.training.encoder.sticker_benchmark", lambda size: sticker_benchmark(size, GLYPHS, 40)
         )
-        first = train_encoder(run, [folder], tmp_path / "out", max_minutes=0.0, device="cpu")
-        second = train_encoder(run, [folder], tmp_path / "out", resume=True, device="cpu")
+        options = RunOptions(output=tmp_path / "out", device="cpu")
+        first = train_encoder(run, [folder], replace(options, max_minutes=0.0))
+        second = train_encoder(run, [folder], replace(options, resume=True))
     assert (first.step, first.finished, second.step, second.finished) == (1, False, 2, True)
     assert {"fitted/name_top1", "validation/name_top1"} <= set(second.metrics)
     assert load_encoder(tmp_path / "out" / "model").facts["run"]["scenes"] == 24_000  # type: ignore[attr-defined]

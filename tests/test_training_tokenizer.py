@@ -18,8 +18,10 @@ from knn_diffusion.models.discriminator import PatchDiscriminator
 from knn_diffusion.models.tokenizer import TokenizerConfig
 from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.training.data import PixelDataset
-from knn_diffusion.training.loop import TrainingConfig, train
+from knn_diffusion.training.loop import train
+from knn_diffusion.training.options import RunOptions
 from knn_diffusion.training.perceptual import PERCEPTIONS
+from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.tokenizer import TokenizerLossConfig, TokenizerObjective, TokenizerRun
 
 RUN = TokenizerRun(
@@ -83,7 +85,7 @@ def test_without_adversarial_weights_no_discriminator_is_trained() -> None:
 def test_a_short_run_draws_better_and_uses_the_codebook(tmp_path: Path) -> None:
     toy = objective()
     before = toy.validate(toy.network.eval(), 0, torch.Generator()).metrics
-    result = train(toy, PixelDataset(discs(64)), RUN.training, tmp_path, device="cpu")
+    result = train(toy, PixelDataset(discs(64)), RUN.training, RunOptions(output=tmp_path, device="cpu"))
     assert result.metrics["validation/psnr"] > before["psnr"] + 2
     assert result.metrics["validation/codebook_usage"] > 0.9
     assert 1 <= result.metrics["validation/codebook_perplexity"] <= 16

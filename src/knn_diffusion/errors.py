@@ -9,6 +9,7 @@
     ├── StoreError               an image index that is missing, damaged or locked
     ├── HubError                 a repository of the hub that is not there, may not be read or cannot be reached
     ├── TrainingError            a loss that is not finite, data that does not fit the model
+    ├── PeerError                another process of the same run stopped, and says why itself
     └── MissingDependencyError   an optional package or a font, with the command that installs it
 
 A message is *expected, got, cure* in one line.
@@ -55,6 +56,10 @@ class HubError(KnnDiffusionError):
 
 class TrainingError(KnnDiffusionError):
     """Training cannot go on: a loss that is not finite, or data that does not fit."""
+
+
+class PeerError(KnnDiffusionError):
+    """Another process of the same run stopped; it says why itself, so that the command line need not."""
 
 
 class MissingDependencyError(KnnDiffusionError):

@@ -13,7 +13,7 @@ from knn_diffusion.models.tokenizer import PAPER as PAPER_TOKENIZER
 from knn_diffusion.models.tokenizer import TokenizerConfig
 from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserRun
 from knn_diffusion.training.encoder import EncoderRun, small_training
-from knn_diffusion.training.loop import TrainingConfig
+from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.tokenizer import TokenizerLossConfig, TokenizerRun
 
 ENCODERS: dict[str, EncoderRun] = {

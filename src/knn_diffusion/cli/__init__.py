@@ -27,7 +27,7 @@ from knn_diffusion.cli import (
     train,
 )
 from knn_diffusion.cli.terminal import say
-from knn_diffusion.errors import KnnDiffusionError
+from knn_diffusion.errors import KnnDiffusionError, PeerError
 
 app = typer.Typer(
     name="knn-diffusion",
@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = int(app(args=given, prog_name="knn-diffusion", standalone_mode=False) or 0)
         return _fail(INTERRUPTED, code) if code == 130 else code  # newer typer turns Ctrl-C into this code itself
+    except PeerError as error:  # the process that had the error has said it
+        return error.exit_code
     except KnnDiffusionError as error:
         return _fail(str(error), error.exit_code)
     except _ClickException as error:

@@ -14,8 +14,8 @@ from knn_diffusion.cli.terminal import JsonOption, answer, progress, say, seldom
 from knn_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
-    from knn_diffusion.training.loop import Progress as Step
     from knn_diffusion.training.loop import TrainingResult
+    from knn_diffusion.training.options import RunOptions, StepProgress
 
 app = typer.Typer(help="Train the parts of a model; the same command with --resume goes on where it stopped.")
 
@@ -75,10 +75,8 @@ def encoder(
     from knn_diffusion.training.encoder import train_encoder
 
     run = chosen_run("encoder", ENCODERS, preset=preset, file=config, changes=changes, init=init)
-    with _watched("encoder") as shown:
-        result = train_encoder(
-            run, images or [], output, init=init, resume=resume, max_minutes=max_minutes, device=device, **shown
-        )
+    with _watched("encoder", output, resume=resume, max_minutes=max_minutes, device=device) as options:
+        result = train_encoder(run, images or [], options, init=init)
     _report("encoder", output, result, as_json)
 
 
@@ -105,10 +103,8 @@ def tokenizer(
 
     sources = _required(images)
     run = chosen_run("tokenizer", TOKENIZERS, preset=preset, file=config, changes=changes, init=init)
-    with _watched("tokenizer") as shown:
-        result = train_tokenizer(
-            run, sources, output, init=init, resume=resume, max_minutes=max_minutes, device=device, **shown
-        )
+    with _watched("tokenizer", output, resume=resume, max_minutes=max_minutes, device=device) as options:
+        result = train_tokenizer(run, sources, options, init=init)
     _report("tokenizer", output, result, as_json)
 
 
@@ -130,6 +126,8 @@ def denoiser(
 ) -> None:
     """Train the denoiser on images without captions and their neighbors in an index.
 
+    On several GPUs start it by torchrun --nproc-per-node GPUS -m knn_diffusion train denoiser, with the same options.
+
     Example: knn-diffusion train denoiser --init stickers --index my-index --images photos --output runs/mine
     """
     from knn_diffusion.image_index import ImageIndex
@@ -138,19 +136,8 @@ def denoiser(
 
     sources = _required(images)
     run = chosen_run("denoiser", DENOISERS, preset=preset, file=config, changes=changes, init=init)
-    with _watched("denoiser") as shown:
-        result = train_denoiser(
-            run,
-            sources,
-            ImageIndex.open(index),
-            output,
-            tokenizer=tokenizer,
-            init=init,
-            resume=resume,
-            max_minutes=max_minutes,
-            device=device,
-            **shown,
-        )
+    with _watched("denoiser", output, resume=resume, max_minutes=max_minutes, device=device) as options:
+        result = train_denoiser(run, sources, ImageIndex.open(index), options, tokenizer=tokenizer, init=init)
     _report("denoiser", output, result, as_json)
 
 
@@ -161,8 +148,14 @@ def _required(images: list[str] | None) -> list[str]:
 
 
 @contextmanager
-def _watched(part: str) -> Iterator[dict[str, Any]]:
-    """The callbacks of a training function: one for the preparation, one for the steps, one for lines to read."""
+def _watched(part: str, output: Path, **asked: Any) -> Iterator[RunOptions]:
+    """What was asked of a run, and whom to tell of it: of the preparation, of the steps, and lines to read."""
+    from knn_diffusion.training.options import RunOptions
+    from knn_diffusion.training.processes import is_first
+
+    if not is_first():
+        yield RunOptions(output=output, **asked)
+        return
     due, first = seldom(), 0
     with progress() as show:
 
@@ -171,17 +164,17 @@ def _watched(part: str) -> Iterator[dict[str, Any]]:
             if due():
                 say(f"{what}: {done:,} of {total:,}")
 
-        def watch(step: Step) -> None:
+        def watch(step: StepProgress) -> None:
             nonlocal first
             first = first or step.step
             show(f"training the {part}", step.step, step.num_steps)
             if due():
                 say(step_line(part, step, step.step - first + 1))
 
-        yield {"report": report, "watch": watch, "notice": say}
+        yield RunOptions(output=output, report=report, watch=watch, notice=say, **asked)
 
 
-def step_line(part: str, step: Step, made: int) -> str:
+def step_line(part: str, step: StepProgress, made: int) -> str:
     """How far training is; `made` steps took the seconds so far."""
     losses = [f", loss {value:.4g}" for name, value in step.metrics.items() if name.endswith("/loss")]
     minutes = step.seconds / made * (step.num_steps - step.step) / 60
@@ -190,6 +183,10 @@ def step_line(part: str, step: Step, made: int) -> str:
 
 
 def _report(part: str, output: Path, result: TrainingResult, as_json: bool) -> None:
+    from knn_diffusion.training.processes import is_first
+
+    if not is_first():
+        return
     model = output.absolute() / "model"
     found = {
         "part": part,

@@ -22,6 +22,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from knn_diffusion.config import config, require
 from knn_diffusion.errors import FingerprintError, UsageError
@@ -232,6 +233,8 @@ class Denoiser(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
+        """Whether training keeps of each block its input only and computes the rest again: less memory, a third more time."""
         p, side = config.patch_size, config.grid // config.patch_size
         self.token_table = nn.Embedding(config.vocab_size + 1, config.width // p)
         self.merge = nn.Identity() if p == 1 else nn.Linear(p * config.width, config.width)
@@ -294,6 +297,14 @@ class Denoiser(nn.Module):
     @property
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))  # torch's stubs say Module
+
+    @property
+    def shards(self) -> list[list[nn.Module]]:
+        """Groups of layers whose weights only their own forward reads: FSDP may gather each just for that time.
+
+        Cross-attention is in none, since `prepare` reads its weights from outside the block.
+        """
+        return [[block.self_attention, block.mlp_norm, block.mlp_in, block.mlp_out] for block in self._blocks]
 
     @property
     def parameter_count(self) -> int:
@@ -360,10 +371,15 @@ class Denoiser(nn.Module):
         for number, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
             if prepared.maps is not None and str(number) in self.map_attention:
                 h = h + self.map_attention[str(number)](h, prepared.maps)
-            h = block(h, *layer)  # batch places width
+            h = self._through(block, h, *layer)  # batch places width
         rows = self.head.weight if self.code_traits is None else self.head.weight + self.code_traits.head_rows()
         logits = functional.linear(self.head_norm(h), rows, self.head.bias)  # batch places (patch vocab)
         return self.unmerge(logits).float()  # batch seq vocab
+
+    def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return cast(Tensor, block(*inputs))
+        return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False))
 
     def embed(self, x_n: Tokens) -> Float[Tensor, "batch places width"]:
         """Embeddings of the tokens, p × p of them merged, plus where they stand."""

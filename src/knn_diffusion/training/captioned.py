@@ -21,8 +21,9 @@ from knn_diffusion import images, stickers
 from knn_diffusion.device import choose_dtype
 from knn_diffusion.errors import UsageError
 from knn_diffusion.models.text_tower import SentenceEncoder
+from knn_diffusion.progress import Progress
 from knn_diffusion.stickers.dataset import NamedGlyphs
-from knn_diffusion.training.data import Batch, Reporter, cached_array
+from knn_diffusion.training.data import Batch, cached_array
 
 MAX_SHIFT = 4
 NO_FACT = -1
@@ -86,7 +87,7 @@ def sticker_pairs(
     size: int = 64,
     captions_each: int = 4,
     glyphs: NamedGlyphs | None = None,
-    report: Reporter | None = None,
+    report: Progress | None = None,
 ) -> CaptionedImages:
     """Rendered scenes of every concept, the generator's held-out ones included, with captions; computed once.
 
@@ -122,7 +123,7 @@ def sticker_pairs(
 
 
 def folder_pairs(
-    sources: Sequence[str | Path], sentence_encoder: SentenceEncoder, cache: Path, *, size: int, report: Reporter | None
+    sources: Sequence[str | Path], sentence_encoder: SentenceEncoder, cache: Path, *, size: int, report: Progress | None
 ) -> CaptionedImages:
     """Pictures of folders with a `captions.jsonl`: one object a line, `file` and either `caption` or `captions`.
 
@@ -176,7 +177,7 @@ def _read_captions(folder: Path) -> list[tuple[Path, list[str]]]:
 
 
 def sentence_vectors(
-    texts: Sequence[str], encoder: SentenceEncoder, cache: Path, report: Reporter | None = None
+    texts: Sequence[str], encoder: SentenceEncoder, cache: Path, report: Progress | None = None
 ) -> Float[np.ndarray, "texts text_width"]:
     """Sentence vectors in float16, in the order of `texts`, computed once with the fastest arithmetic at hand."""
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from knn_diffusion import images
 from knn_diffusion.errors import ImageError, UsageError
 from knn_diffusion.models.tokenizer_protocol import Tokenizer
-from knn_diffusion.training.data import Notice, Reporter
+from knn_diffusion.progress import Progress
+from knn_diffusion.training.data import Notice
 from knn_diffusion.training.neighbors import encode_tokens
 
 AT_ONCE = 64
@@ -38,7 +39,7 @@ class CodeCounts:
 def count_codes(
     tokenizer: Tokenizer,
     sources: Sequence[str | Path],
-    report: Reporter | None = None,
+    report: Progress | None = None,
     notice: Notice | None = None,
 ) -> CodeCounts:
     """Encode every readable image under `sources`, squared to the tokenizer's size, and count its codes.

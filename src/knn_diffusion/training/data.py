@@ -25,12 +25,12 @@ from knn_diffusion.checkpoint import atomic_write_bytes, file_digest, write_json
 from knn_diffusion.config import read_mapping
 from knn_diffusion.errors import ImageError, UsageError
 from knn_diffusion.image_index import content_digest
+from knn_diffusion.progress import Progress
+from knn_diffusion.randomness import rand
 from knn_diffusion.retrieval.stored_array import npy_bytes
 from knn_diffusion.training.checkpoints import latest_checkpoint
 
 Batch = Mapping[str, Tensor]
-Reporter = Callable[[str, int, int], None]
-"""Called with what is being done, how many are done, and how many there are."""
 Notice = Callable[[str], None]
 """Called with a line that a person should read."""
 
@@ -61,7 +61,7 @@ class PixelDataset:
         """`pixels` of shape [batch, 3, height, width]."""
         pixels = images.pixels_from_uint8(self.array[indices.numpy()])
         if self.mirror:
-            flipped = torch.rand(len(indices), generator=generator) < 0.5
+            flipped = rand(len(indices), generator=generator) < 0.5
             pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
         return {"pixels": pixels}
 
@@ -79,7 +79,7 @@ def load_pixels(
     sources: Sequence[str | Path],
     size: int,
     cache: Path,
-    report: Reporter | None = None,
+    report: Progress | None = None,
     notice: Notice | None = None,
 ) -> PixelSet:
     """Every readable image under `sources` as size × size pixels, decoded once and memory-mapped from `cache`.
@@ -149,7 +149,7 @@ def _is_decoded(folder: Path, stamps: str, size: int) -> bool:
     return facts.get("stamps") == stamps and pixels.stat().st_size == len(facts["ids"]) * size * size * 3
 
 
-def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report: Reporter | None, stamps: str) -> None:
+def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report: Progress | None, stamps: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done.json").unlink(missing_ok=True)
     skipped: list[dict[str, str]] = []

@@ -6,7 +6,7 @@ No caption is read anywhere in this file or in what it trains on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from knn_diffusion.checkpoint import CONFIG_FILE, atomic_folder, save_part
 from knn_diffusion.config import config, read_mapping, require, to_dict
-from knn_diffusion.device import choose_device
 from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
 from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss
 from knn_diffusion.diffusion.process import Schedule, q_sample
@@ -36,17 +35,13 @@ from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.shapes import Condition
-from knn_diffusion.training.data import Batch, Notice, Reporter, keep_pictures, load_pixels
-from knn_diffusion.training.loop import (
-    Phase,
-    Progress,
-    TrainingConfig,
-    TrainingResult,
-    Validation,
-    check_output,
-    train,
-)
+from knn_diffusion.training.data import Batch, keep_pictures, load_pixels
+from knn_diffusion.training.loop import TrainingResult, check_output, train
 from knn_diffusion.training.neighbors import DenoiserData, prepare
+from knn_diffusion.training.objective import Phase, Validation
+from knn_diffusion.training.options import RunOptions
+from knn_diffusion.training.plan import TrainingConfig
+from knn_diffusion.training.processes import joined
 
 PREVIEWS = 8
 
@@ -119,11 +114,21 @@ class DenoiserObjective:
         self.sampler = SamplerConfig(num_steps=steps, order="halton", guidance_scale=1.5)
         self.k, self.query_weight = max(1, run.conditioning.k), 1.0
         self.network: nn.Module = self.denoiser
+        self.predict: nn.Module = self.denoiser
         self.modules: nn.Module = nn.ModuleDict({"denoiser": self.denoiser, "step_sampler": self.step_sampler})
 
     def phases(self) -> list[Phase]:
         """One: lines 3-16 of Algorithm 1."""
-        return [Phase("denoiser", list(self.denoiser.parameters()), self.loss)]
+        return [Phase("denoiser", list(self.denoiser.parameters()), self.loss, remember=self.remember)]
+
+    def shards(self, network: nn.Module) -> list[list[nn.Module]]:
+        """The groups that the denoiser names."""
+        assert isinstance(network, Denoiser)
+        return network.shards
+
+    def recompute_activations(self) -> None:
+        """Keep only what enters each block."""
+        self.denoiser.activation_checkpointing = True
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Lines 4-14 of Algorithm 1 for a batch of images, in nats per token."""
@@ -131,13 +136,17 @@ class DenoiserObjective:
         y = self.condition(batch, generator)  # 5, 6: its embedding and its neighbors', found once before training
         n, probability = self.step_sampler.sample(len(x_0), generator)  # 8
         x_n = q_sample(self.run.schedule, x_0, n, generator)  # 9
-        logits = self.denoiser(x_n, n, y)
+        logits = self.predict(x_n, n, y)
         parts = diffusion_loss(  # 10-14
             self.run.schedule, logits, x_0, x_n, step=n, probability=probability, config=self.run.loss
         )
-        self.step_sampler.update(n, parts.bound)
         # Over N, so that with uniform steps the number is Algorithm 1's; gradient clipping then means the same for every N.
-        return {"loss": parts.total / self.run.schedule.num_steps, "x_0": parts.l_x0.mean()}
+        loss = parts.total / self.run.schedule.num_steps
+        return {"loss": loss, "x_0": parts.l_x0.mean(), "step": n, "bound": parts.bound}
+
+    def remember(self, seen: Mapping[str, Tensor]) -> None:
+        """Let the step sampler know the losses of the whole batch."""
+        self.step_sampler.update(seen["step"], seen["bound"])
 
     def condition(self, batch: Batch, generator: torch.Generator) -> Condition:
         """y of Eq. 4, with what training hides of it."""
@@ -261,53 +270,43 @@ def train_denoiser(
     run: DenoiserRun,
     sources: Sequence[str | Path],
     index: ImageIndex,
-    output: Path,
+    options: RunOptions,
     *,
     tokenizer: Path | None = None,
     init: str | Path | None = None,
-    resume: bool = False,
-    max_minutes: float | None = None,
-    device: str = "auto",
-    report: Reporter | None = None,
-    watch: Callable[[Progress], None] | None = None,
-    notice: Notice | None = None,
 ) -> TrainingResult:
     """Algorithm 1 over a folder of images and an index: leaves a whole model in `output/model`.
+
+    Under torchrun all processes call this: the first prepares the data while the others wait, then all train.
 
     Args:
         sources: image folders, files or shards; usually the ones the index was built from.
         tokenizer: folder of a trained tokenizer; not needed with `init`.
         init: bundled name or folder of a model to go on from: its tokenizer is used, its denoiser's weights start the run.
-        notice: told in a line what was skipped, and what a resumed run asks for anew.
 
     Raises: UsageError when there is neither a tokenizer nor a model to go on from, the tokenizer is of another size than the
         denoiser, the images are too few, or a resumed run was begun with others;
-        FingerprintError when that model was trained with another encoder than the index.
+        FingerprintError when that model was trained with another encoder than the index; what `train` raises.
     """
-    check_output(output, resume)
-    tokenizer_folder = _tokenizer_folder(tokenizer, init)
-    parts, _ = load_tokenizer(tokenizer_folder)
-    check_tokenizer(run.denoiser, parts)
-    parts.to(choose_device(device))
-    pixels = load_pixels(sources, parts.config.image_size, output / "cache", report, notice)
-    keep_pictures(output, pixels.digest, len(pixels.ids))
-    data = prepare(pixels, index, parts, run.conditioning.k, output / "cache", report)
-    training, validation = data.split(validation_count(len(data)))
-    objective = DenoiserObjective(run, validation, parts, index.encoder.fingerprint)
-    objective.lay_out(output / "model", tokenizer_folder, index)
-    if init is not None:
-        objective.start_from(resolve_model(init))
-    return train(
-        objective,
-        training,
-        run.training,
-        output,
-        resume=resume,
-        max_minutes=max_minutes,
-        device=device,
-        watch=watch,
-        notice=notice,
-    )
+    output, cache = options.output, options.output / "cache"
+    with joined(options.device) as processes:
+        told = options if processes.first else options.silent()
+        with processes.first_goes_first():
+            check_output(output, options.resume)
+            tokenizer_folder = _tokenizer_folder(tokenizer, init)
+            parts, _ = load_tokenizer(tokenizer_folder)
+            check_tokenizer(run.denoiser, parts)
+            parts.to(processes.device)
+            pixels = load_pixels(sources, parts.config.image_size, cache, told.report, told.notice)
+            keep_pictures(output, pixels.digest, len(pixels.ids))
+            data = prepare(pixels, index, parts, run.conditioning.k, cache, told.report)
+            training, validation = data.split(validation_count(len(data)))
+            objective = DenoiserObjective(run, validation, parts, index.encoder.fingerprint)
+            if processes.first:
+                objective.lay_out(output / "model", tokenizer_folder, index)
+            if init is not None:
+                objective.start_from(resolve_model(init))
+        return train(objective, training, run.training, told, processes)
 
 
 def check_tokenizer(config: DenoiserConfig, tokenizer: Tokenizer) -> None:

@@ -5,7 +5,7 @@ a text head fitted to where the pictures came to lie.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 
@@ -30,9 +30,13 @@ from knn_diffusion.models.text_tower import SentenceEncoder, open_text_tower
 from knn_diffusion.randomness import derive_seed
 from knn_diffusion.training.captioned import CaptionedImages, folder_pairs, sticker_pairs
 from knn_diffusion.training.closed_form import fitted
-from knn_diffusion.training.data import Batch, Notice, Reporter, keep_pictures
+from knn_diffusion.training.data import Batch, keep_pictures
 from knn_diffusion.training.encoder_benchmark import PROBE_SIDE, EncoderBenchmark, sticker_benchmark
-from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, check_output, train
+from knn_diffusion.training.loop import TrainingResult, check_output, train
+from knn_diffusion.training.objective import Phase, Validation
+from knn_diffusion.training.options import RunOptions
+from knn_diffusion.training.plan import TrainingConfig
+from knn_diffusion.training.processes import refuse_many
 
 BUNDLED_TEXT_TOWER = BUNDLES / "stickers" / "encoder" / TEXT_FOLDER
 
@@ -168,15 +172,9 @@ class EncoderObjective:
 def train_encoder(
     run: EncoderRun,
     sources: Sequence[str | Path],
-    output: Path,
+    options: RunOptions,
     *,
     init: str | Path | None = None,
-    resume: bool = False,
-    max_minutes: float | None = None,
-    device: str = "auto",
-    report: Reporter | None = None,
-    watch: Callable[[Progress], None] | None = None,
-    notice: Notice | None = None,
 ) -> TrainingResult:
     """Train a joint encoder on captioned pictures; leaves it in `output`/model.
 
@@ -185,15 +183,15 @@ def train_encoder(
     Args:
         sources: folders with captions.jsonl; without any, sticker scenes are drawn.
         init: bundled name or folder of a model whose encoder's weights start the run.
-        notice: told a line for each setting that a resumed run asks for anew.
     Raises: UsageError when a source has no captions, or a resumed run was begun with other pictures; CheckpointError when `init` is of another shape or the text tower is
         missing; MissingDependencyError when the emoji font is missing.
     """
-    check_output(output, resume)
+    refuse_many("encoder", "loss compares all pictures of a batch")
+    check_output(options.output, options.resume)
     size, seed = run.encoder.size, run.training.seed
     sentences = open_text_tower(BUNDLED_TEXT_TOWER if run.text_tower is None else Path(run.text_tower))
-    sentences.tower.to(choose_device(device))
-    cache = output / "cache"
+    sentences.tower.to(choose_device(options.device))
+    cache, report = options.output / "cache", options.report
     if sources:
         pairs = folder_pairs(sources, sentences, cache, size=size, report=report)
     else:
@@ -201,25 +199,16 @@ def train_encoder(
         pairs = sticker_pairs(
             sentences, cache, count=run.scenes, seed=seed, size=size, captions_each=each, report=report
         )
-    keep_pictures(output, pairs.digest(), len(pairs))
+    keep_pictures(options.output, pairs.digest(), len(pairs))
     objective = EncoderObjective(run, sentences, sticker_benchmark(size))
     if init is not None:
         trained = load_small_encoder(resolve_model(init) / "encoder")
         apply_weights(objective.small.image_tower, trained.network.image_tower.state_dict(), str(init))
-    result = train(
-        objective,
-        pairs,
-        run.training,
-        output,
-        resume=resume,
-        max_minutes=max_minutes,
-        device=device,
-        watch=watch,
-        notice=notice,
-    )
+    result = train(objective, pairs, run.training, options)
     if not result.finished:
         return result
-    figures = finish_encoder(output / "model", pairs, objective.benchmark, looks=run.looks, device=device)
+    model = options.output / "model"
+    figures = finish_encoder(model, pairs, objective.benchmark, looks=run.looks, device=options.device)
     return replace(result, metrics=result.metrics | {f"fitted/{name}": value for name, value in figures.items()})
 
 

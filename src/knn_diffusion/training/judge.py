@@ -7,7 +7,7 @@ only would grade blur and not content; half of its pictures are therefore shrunk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,10 +22,15 @@ from knn_diffusion import images, stickers
 from knn_diffusion.checkpoint import write_json
 from knn_diffusion.config import read_mapping
 from knn_diffusion.models.judge import Judge, JudgeConfig, save_judge
+from knn_diffusion.progress import Progress
 from knn_diffusion.randomness import derive_seed
 from knn_diffusion.stickers.dataset import NamedGlyphs
 from knn_diffusion.training.data import Batch
-from knn_diffusion.training.loop import Phase, Progress, TrainingConfig, TrainingResult, Validation, train
+from knn_diffusion.training.loop import TrainingResult, train
+from knn_diffusion.training.objective import Phase, Validation
+from knn_diffusion.training.options import RunOptions
+from knn_diffusion.training.plan import TrainingConfig
+from knn_diffusion.training.processes import refuse_many
 from knn_diffusion.training.roughening import roughen, wobble
 
 TRAINING_SEED, VALIDATION_SEED = 900, 901
@@ -110,7 +115,7 @@ def default_training(num_steps: int = 4_500) -> TrainingConfig:
 
 
 def train_judge(
-    output: Path,
+    options: RunOptions,
     config: TrainingConfig | None = None,
     *,
     judge: JudgeConfig | None = None,
@@ -118,36 +123,29 @@ def train_judge(
     num_validation: int = 2_000,
     glyphs: NamedGlyphs | None = None,
     processes: int = 1,
-    resume: bool = False,
-    max_minutes: float | None = None,
-    device: str = "auto",
-    watch: Callable[[Progress], None] | None = None,
-    rendered: Callable[[int, int], None] | None = None,
 ) -> TrainingResult:
     """Render the judge's data once (kept under `output`/data) and train it into `output`/model.
 
     Args:
         judge: its size; by default the full one.
         processes: for the rendering; more than one needs a main module that other processes can import.
-        rendered: called with (pictures done, pictures in all) while rendering.
 
     Raises: MissingDependencyError without the emoji font; what `train` raises.
     """
+    refuse_many("judge", "data are drawn for one")
     chosen = default_training() if config is None else config
     built = new_judge(default_judge(glyphs) if judge is None else judge, chosen.seed)
 
     def render(name: str, count: int, seed: int, pairs: bool) -> JudgeDataset:
-        place, size = output / "data" / name, built.config.size
+        place, size = options.output / "data" / name, built.config.size
         return render_dataset(
-            place, count, seed, size, pairs=pairs, glyphs=glyphs, processes=processes, rendered=rendered
+            place, count, seed, size, pairs=pairs, glyphs=glyphs, processes=processes, report=options.report
         )
 
     training = render("training", num_images, TRAINING_SEED, True)
     validation = replace(render("validation", num_validation, VALIDATION_SEED, False), roughened=False)
     objective = JudgeObjective(built, validation)
-    return train(
-        objective, training, chosen, output, resume=resume, max_minutes=max_minutes, device=device, watch=watch
-    )
+    return train(objective, training, chosen, options)
 
 
 def default_judge(glyphs: NamedGlyphs | None = None) -> JudgeConfig:
@@ -197,7 +195,7 @@ def render_dataset(
     pairs: bool = True,
     glyphs: NamedGlyphs | None = None,
     processes: int = 1,
-    rendered: Callable[[int, int], None] | None = None,
+    report: Progress | None = None,
 ) -> JudgeDataset:
     """Renders of all concepts with their labels, made once and memory-mapped; every fifth shows a pair, or none does.
 
@@ -210,7 +208,7 @@ def render_dataset(
     facts = {"count": count, "seed": seed, "size": size, "pairs": pairs, "split_digest": stickers.split_digest()}
     if not _is_rendered(folder, facts):
         drawn = _drawn(scenes, size, glyphs, processes)
-        _write_pixels(folder / "pixels.npy", drawn, (count, size, size, 3), rendered)
+        _write_pixels(folder / "pixels.npy", drawn, (count, size, size, 3), report)
         write_json(folder / "done.json", facts)
     return JudgeDataset(
         open_memmap(folder / "pixels.npy", "r"),
@@ -247,12 +245,12 @@ def _write_pixels(
     path: Path,
     chunks: Iterator[UInt8[np.ndarray, "chunk height width 3"]],
     shape: tuple[int, int, int, int],
-    rendered: Callable[[int, int], None] | None,
+    report: Progress | None,
 ) -> None:
     pixels, done = open_memmap(path, "w+", np.uint8, shape), 0
     for chunk in chunks:
         pixels[done : done + len(chunk)] = chunk
         done += len(chunk)
-        if rendered is not None:
-            rendered(done, shape[0])
+        if report is not None:
+            report("drawing pictures", done, shape[0])
     pixels.flush()

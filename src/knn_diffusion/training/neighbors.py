@@ -18,8 +18,9 @@ from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.models.tokenizer_protocol import Tokenizer
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.neighbors import EVERY_PAIR
-from knn_diffusion.training.data import Batch, PixelSet, Reporter, cached_array
+from knn_diffusion.training.data import Batch, PixelSet, cached_array
 
 CHUNK = 256
 TOKENIZED_PIXELS = 2**20
@@ -70,7 +71,7 @@ class DenoiserData:
 
 
 def prepare(
-    pixels: PixelSet, index: ImageIndex, tokenizer: Tokenizer, k: int, cache: Path, progress: Reporter | None = None
+    pixels: PixelSet, index: ImageIndex, tokenizer: Tokenizer, k: int, cache: Path, progress: Progress | None = None
 ) -> DenoiserData:
     """Lines 2, 5 and 7 of Algorithm 1 for all images, each kept in `cache` under what it was made from.
 
@@ -114,7 +115,7 @@ def _require_unchanged(index: ImageIndex, digest: str) -> None:
 
 
 def encode_tokens(
-    array: UInt8[np.ndarray, "items height width 3"], tokenizer: Tokenizer, progress: Reporter | None = None
+    array: UInt8[np.ndarray, "items height width 3"], tokenizer: Tokenizer, progress: Progress | None = None
 ) -> Integer[np.ndarray, "items seq"]:
     """The codes of every image, in the smallest integer type that holds them."""
     kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
@@ -129,7 +130,7 @@ def encode_tokens(
 
 
 def encode_images(
-    array: UInt8[np.ndarray, "items height width 3"], encoder: JointEncoder, progress: Reporter | None = None
+    array: UInt8[np.ndarray, "items height width 3"], encoder: JointEncoder, progress: Progress | None = None
 ) -> Float[np.ndarray, "items dim"]:
     """The embedding of every image, float16 as the index keeps them."""
     parts = []
@@ -145,7 +146,7 @@ def find_neighbors(
     ids: Sequence[str],
     index: ImageIndex,
     k: int,
-    progress: Reporter | None = None,
+    progress: Progress | None = None,
     cache: Path | None = None,
 ) -> Int[np.ndarray, "items k"]:
     """Rows of the K nearest images of every image, itself and its near-duplicates left out (Eq. 4, A.4).
@@ -168,6 +169,6 @@ def find_neighbors(
     return table
 
 
-def _tell(progress: Reporter | None, what: str, done: int, total: int) -> None:
+def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
     if progress is not None:
         progress(what, min(done, total), total)

@@ -6,7 +6,7 @@ tell images from reconstructions. It begins before the generator listens to it, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +23,13 @@ from knn_diffusion.model_folder import resolve_model
 from knn_diffusion.models.discriminator import PatchDiscriminator
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig, codebook_perplexity
 from knn_diffusion.models.tokenizers import load_tokenizer
-from knn_diffusion.training.data import Batch, Notice, PixelDataset, Reporter, keep_pictures, load_pixels
-from knn_diffusion.training.loop import (
-    Phase,
-    Progress,
-    TrainingConfig,
-    TrainingResult,
-    Validation,
-    check_output,
-    train,
-)
+from knn_diffusion.training.data import Batch, PixelDataset, keep_pictures, load_pixels
+from knn_diffusion.training.loop import TrainingResult, check_output, train
+from knn_diffusion.training.objective import Phase, Validation
+from knn_diffusion.training.options import RunOptions
 from knn_diffusion.training.perceptual import PERCEPTIONS, PerceptualName
+from knn_diffusion.training.plan import TrainingConfig
+from knn_diffusion.training.processes import refuse_many
 
 PREVIEWS = 8
 
@@ -185,27 +181,22 @@ class TokenizerObjective:
 def train_tokenizer(
     run: TokenizerRun,
     sources: Sequence[str | Path],
-    output: Path,
+    options: RunOptions,
     *,
     init: str | Path | None = None,
-    resume: bool = False,
-    max_minutes: float | None = None,
-    device: str = "auto",
-    report: Reporter | None = None,
-    watch: Callable[[Progress], None] | None = None,
-    notice: Notice | None = None,
 ) -> TrainingResult:
     """Train a tokenizer on image folders, files or shards; leaves it in `output/model`.
 
     Args:
         init: bundled name or folder of a model whose tokenizer's weights start the run.
-        notice: told in a line what was skipped, and what a resumed run asks for anew.
 
     Raises: UsageError when there are fewer than two readable images, or a resumed run was begun with others; CheckpointError when `init` is of another shape.
     """
-    check_output(output, resume)
-    found = load_pixels(sources, run.tokenizer.image_size, output / "cache", report, notice)
-    keep_pictures(output, found.digest, len(found.ids))
+    refuse_many("tokenizer", "codebook and discriminator look at whole batches")
+    check_output(options.output, options.resume)
+    cache = options.output / "cache"
+    found = load_pixels(sources, run.tokenizer.image_size, cache, options.report, options.notice)
+    keep_pictures(options.output, found.digest, len(found.ids))
     pixels = found.array
     if len(pixels) < 2:
         raise UsageError(f"expected at least 2 images to train on, got {len(pixels)}: add images")
@@ -214,14 +205,4 @@ def train_tokenizer(
     if init is not None:
         objective.start_from(resolve_model(init) / "tokenizer")
     dataset = PixelDataset(pixels[:cut], mirror=True)
-    return train(
-        objective,
-        dataset,
-        run.training,
-        output,
-        resume=resume,
-        max_minutes=max_minutes,
-        device=device,
-        watch=watch,
-        notice=notice,
-    )
+    return train(objective, dataset, run.training, options)

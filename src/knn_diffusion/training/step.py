@@ -1,0 +1,191 @@
+"""One step of a run: the batch cut into the processes' rows and these into micro-batches, gradients added up, weights moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from knn_diffusion.device import choose_dtype
+from knn_diffusion.errors import TrainingError
+from knn_diffusion.randomness import BatchGenerator
+from knn_diffusion.training.checkpoints import RunState
+from knn_diffusion.training.data import Batch, Dataset
+from knn_diffusion.training.objective import Objective, Phase
+from knn_diffusion.training.parallel import Divisible, Parallel, check_divisible, spread, whole_tensor
+from knn_diffusion.training.plan import TrainingConfig, batch_indices, learning_rate
+from knn_diffusion.training.processes import Processes
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+@dataclass(slots=True)
+class Run:
+    """A run at a step: what is trained, and by whom."""
+
+    objective: Objective
+    phases: list[Phase]
+    optimizers: dict[str, torch.optim.Optimizer]
+    average: AveragedModel
+    parallel: Parallel
+    config: TrainingConfig
+    processes: Processes
+    output: Path
+    step: int = 0
+
+    @property
+    def state(self) -> RunState:
+        """What a checkpoint holds of it."""
+        return RunState(modules=self.objective.modules, average=self.average, optimizers=self.optimizers)
+
+
+def begin(objective: Objective, config: TrainingConfig, output: Path, processes: Processes) -> Run:
+    """A run before its first step, on its device and spread over its processes.
+
+    Raises: UsageError or ConfigError when it cannot be cut as the configuration asks.
+    """
+    cut = config.activation_checkpointing or (config.micro_batch_size or config.batch_size) < config.batch_size
+    check_divisible(objective, batch_size=config.batch_size, cut=cut, processes=processes)
+    objective.modules.to(processes.device)
+    if config.activation_checkpointing and isinstance(objective, Divisible):
+        objective.recompute_activations()
+
+    def averaged(network: nn.Module) -> AveragedModel:
+        return AveragedModel(network, multi_avg_fn=_ema(config.ema_decay))
+
+    if processes.size == 1:
+        parallel, average = Parallel(), averaged(objective.network)
+    else:
+        parallel, average = spread(objective, averaged, config.parallel, processes)
+    phases = objective.phases()
+    optimizers: dict[str, torch.optim.Optimizer] = {phase.name: _optimizer(phase, config) for phase in phases}
+    return Run(objective, phases, optimizers, average, parallel, config, processes, output)
+
+
+def take_step(run: Run, dataset: Dataset) -> dict[str, float]:
+    """Make the run's next step, all phases of it.
+
+    Returns: its figures, the same in every process.
+
+    Raises: TrainingError before the weights move when a loss or its gradient is not finite.
+    """
+    step = run.step + 1
+    batch = _own_rows(run, dataset, step)
+    run.objective.modules.train()
+    rate = learning_rate(run.config, step)
+    metrics = {"learning_rate": rate}
+    for phase in run.phases:
+        metrics |= _phase_step(run, phase, batch, step, rate)
+    run.average.update_parameters(run.objective.network)
+    run.step = step
+    return metrics
+
+
+def _own_rows(run: Run, dataset: Dataset, step: int) -> Batch:
+    """This process's rows of the step's batch, which is the same however many processes there are."""
+    config, rows = run.config, run.processes.rows(run.config.batch_size)
+    indices = batch_indices(len(dataset), config.batch_size, step, config.seed)[rows]
+    generator = BatchGenerator.of(config.seed, "data", step, batch_size=config.batch_size, rows=rows)
+    batch = dataset.batch(indices, generator)
+    return {name: value.to(run.processes.device, non_blocking=True) for name, value in batch.items()}
+
+
+def _phase_step(run: Run, phase: Phase, batch: Batch, step: int, rate: float) -> dict[str, float]:
+    optimizer = run.optimizers[phase.name]
+    optimizer.zero_grad(set_to_none=True)
+    found = _gradients(run, phase, batch, step)
+    if found is None:
+        return {}
+    for group in optimizer.param_groups:
+        group["lr"] = rate * phase.learning_rate_scale
+    norm = whole_tensor(nn.utils.clip_grad_norm_(phase.parameters, run.config.clip_norm))
+    own = found["loss"].item()
+    scalars = [name for name, value in found.items() if value.ndim == 0]
+    means = run.processes.mean(torch.stack([found[name].float() for name in scalars]))
+    values = {f"{phase.name}/{name}": mean for name, mean in zip(scalars, means.tolist(), strict=True)}
+    loss, size = values[f"{phase.name}/loss"], float(norm)
+    if not (math.isfinite(size) and math.isfinite(loss)):
+        _stop_at(run.processes, f"the {phase.name} loss is {loss} with gradient norm {size} at step {step}", own)
+    optimizer.step()
+    if phase.remember is not None:
+        phase.remember({name: run.processes.gathered(value) for name, value in found.items() if value.ndim})
+    return values | {f"{phase.name}/gradient_norm": size}
+
+
+def _gradients(run: Run, phase: Phase, batch: Batch, step: int) -> dict[str, Tensor] | None:
+    """Add up the gradients of this process's rows, one micro-batch after another.
+
+    Returns: means of the scalars, and what there is for each example, over this process's rows; None when the phase rests.
+    """
+    config, device = run.config, run.processes.device
+    rows = run.processes.rows(config.batch_size)
+    dtype = choose_dtype(device, config.precision)
+    parts: list[dict[str, Tensor]] = []
+    cuts = [*range(rows.start, rows.stop, config.micro_batch_size or config.batch_size), rows.stop]
+    for start, stop in pairwise(cuts):
+        part, share = slice(start - rows.start, stop - rows.start), (stop - start) / (rows.stop - rows.start)
+        generator = BatchGenerator.of(
+            config.seed, phase.name, step, batch_size=config.batch_size, rows=slice(start, stop), device=device
+        )
+        with run.parallel.accumulating(stop == rows.stop):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                cut = batch if share == 1 else {name: value[part] for name, value in batch.items()}
+                losses = phase.loss(cut, step, generator)
+            if losses is None:
+                return None
+            (losses["loss"] * share).backward()
+        parts.append({name: (value if value.ndim else value * share).detach() for name, value in losses.items()})
+    return {
+        name: torch.cat([one[name] for one in parts]) if value.ndim else torch.stack([one[name] for one in parts]).sum()
+        for name, value in parts[0].items()
+    }
+
+
+def _stop_at(processes: Processes, what: str, own_loss: float) -> None:
+    wrong = [
+        str(number) for number, one in enumerate(processes.texts(str(own_loss)), 1) if not math.isfinite(float(one))
+    ]
+    where = f" (process {', '.join(wrong)} of {processes.size})" if processes.size > 1 and wrong else ""
+    with processes.together():
+        raise TrainingError(
+            f"{what}{where}: the last checkpoint is sound; --resume it with a lower learning_rate or clip_norm"
+        )
+
+
+def warm_up(run: Run, dataset: Dataset) -> None:
+    """Let DDP see one backward pass before the first step, and forget it.
+
+    After its first one it lays its buckets out anew, and then sums in another order: with three processes or more a resumed
+    run would differ in the last bits from the run that never stopped.
+    """
+    if run.parallel.ddp is not None and run.step < run.config.num_steps:
+        for phase in run.phases:
+            _gradients(run, phase, _own_rows(run, dataset, run.step + 1), run.step + 1)
+            run.optimizers[phase.name].zero_grad(set_to_none=True)
+
+
+def _optimizer(phase: Phase, config: TrainingConfig) -> torch.optim.Optimizer:
+    matrices = [p for p in phase.parameters if p.ndim > 1]
+    vectors = [p for p in phase.parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, fused=True
+    )
+
+
+def _ema(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """Moving average whose decay grows as (1 + n) / (10 + n) up to `decay`, so that early steps are forgotten."""
+
+    @torch.no_grad()
+    def update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
+        n = int(count)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(averaged, current, weight)
+
+    return update

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}
 """Of the square matrices that are multiplied to find the rate."""
@@ -53,14 +53,24 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.
 
 def operations(run: Callable[[], Any]) -> int:
     """What matrix products, attention and convolutions of a run compute; nothing else is counted."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch leaves out
-    with FlopCounterMode(display=False, custom_mapping={attention: _attention_operations}) as counter:
+    aten = torch.ops.aten
+    on_cpu = {  # which torch leaves out
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_operations,
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         run()
     return counter.get_total_flops()
 
 
 def _attention_operations(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(q, k, v))
+
+
+def _attention_backward_operations(
+    gradient: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any
+) -> int:
+    return int(sdpa_backward_flop_count(gradient, q, k, v))  # the scores again, then two products for each
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,0 +1,157 @@
+"""Claim: on one GPU at the paper's size training reaches 45 % of the machine's matrix-product rate, and waits for data under 2 %.
+
+    python benchmarks/training.py [--size tiny|small|paper] [--batch 8] [--set parallel=fsdp …] [--steps 5] [--json]
+    torchrun --standalone --nproc-per-node 8 benchmarks/training.py --size paper --batch 256
+
+Whole steps of the training loop are measured on random data that lies in memory as a run's cache lies in the page cache: the batch
+is gathered, noised, predicted, differentiated and learned from, and the average follows. Validation and checkpoints are left out. The
+share of the machine's rate is what matrix products and attention compute in a step, forwards and backwards, what is computed again
+included, by the time of the median step, against the best square matrix product in the same arithmetic. Waiting is the time in
+which the loop gathers its batch, since it does nothing else meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from speed.machine import commit, hardware, matmul_rate, operations, peak_bytes, synchronize
+from speed.ours import SIZES
+from torch import Tensor
+
+from knn_diffusion.cli.configuration import merged, parse_changes
+from knn_diffusion.config import from_dict
+from knn_diffusion.device import choose_dtype
+from knn_diffusion.diffusion.process import Schedule
+from knn_diffusion.models.denoiser import DenoiserConfig
+from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
+from knn_diffusion.training.data import Batch
+from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjective, DenoiserRun
+from knn_diffusion.training.neighbors import DenoiserData
+from knn_diffusion.training.plan import TrainingConfig
+from knn_diffusion.training.processes import Processes, joined
+from knn_diffusion.training.step import begin, take_step, warm_up
+
+PAPER_IMAGES = 70_000_000
+"""What the paper trained on."""
+
+
+@dataclass
+class Timed:
+    """A dataset that keeps count of the seconds it is waited for."""
+
+    inner: DenoiserData
+    seconds: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        """The batch of the inner one."""
+        begun = time.perf_counter()
+        found = self.inner.batch(indices, generator)
+        self.seconds += time.perf_counter() - begun
+        return found
+
+
+def random_data(config: DenoiserConfig, items: int, neighbors: int) -> DenoiserData:
+    """Tokens, unit embeddings and neighbor lists of images that never were."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(items, config.condition_dim)).astype(np.float32)
+    table = (table / np.linalg.norm(table, axis=1, keepdims=True)).astype(np.float16)
+    return DenoiserData(
+        tokens=rng.integers(0, config.vocab_size, (items, config.seq), dtype=np.uint16),
+        queries=table,
+        neighbors=rng.integers(0, items, (items, neighbors), dtype=np.int32),
+        table=table,
+    )
+
+
+def measured(
+    config: DenoiserConfig, training: TrainingConfig, steps: int, items: int, processes: Processes
+) -> dict[str, Any]:
+    """Figures of a step, over all processes."""
+    torch.manual_seed(0)
+    schedule = Schedule(num_steps=config.num_steps, vocab_size=config.vocab_size, preset="released")
+    conditioning = ConditioningConfig(condition_dropout=0.0)
+    run = DenoiserRun(
+        denoiser=config, schedule=schedule, training=training, conditioning=conditioning, step_sampling="importance"
+    )
+    data = Timed(random_data(config, items, conditioning.k))
+    idle = VQGAN(TokenizerConfig(image_size=16, grid=4, vocab_size=8, code_dim=4, channels=8, decoder_blocks=1))
+    going = begin(DenoiserObjective(run, data.inner, idle, "random"), training, Path("nowhere"), processes)
+    warm_up(going, data)
+    work = operations(lambda: take_step(going, data))
+    take_step(going, data)
+    seconds: list[float] = []
+    data.seconds = 0.0
+    for _ in range(steps):
+        synchronize(processes.device)
+        begun = time.perf_counter()
+        take_step(going, data)
+        synchronize(processes.device)
+        seconds.append(time.perf_counter() - begun)
+    rate = matmul_rate(processes.device, choose_dtype(processes.device, training.precision))
+    step = statistics.median(seconds)
+    return {
+        "matmul_tflops": round(rate / 1e12, 3),
+        "seconds_per_step": round(step, 4),
+        "images_per_second": round(training.batch_size / step, 2),
+        "operations_per_image": work * processes.size // training.batch_size,
+        "share_of_matmul_rate": round(work / step / rate, 3),
+        "share_waiting_for_data": round(data.seconds / sum(seconds), 4),
+        "peak_mib": round(peak_bytes(processes.device) / 2**20),
+        "days_for_70_million_images": round(PAPER_IMAGES * step / training.batch_size / 86_400, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step, over all processes")
+    parser.add_argument("--steps", type=int, default=5, help="steps to time, after two")
+    parser.add_argument("--items", type=int, default=20_000, help="images there are")
+    parser.add_argument(
+        "--set", action="append", default=[], help="a setting of training: activation_checkpointing=true"
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+
+    config = SIZES[args.size]
+    asked = {"num_steps": 1_000_000, "batch_size": args.batch, "learning_rate": 2e-4}
+    training = from_dict(TrainingConfig, merged(asked, parse_changes(args.set)))
+    with joined(args.device) as processes:
+        report = {
+            "commit": commit(),
+            "hardware": hardware(processes.device),
+            "processes": processes.size,
+            "torch": torch.__version__,
+            "precision": str(choose_dtype(processes.device, training.precision)).removeprefix("torch."),
+            "size": args.size,
+            "depth": config.depth,
+            "width": config.width,
+            "tokens": config.seq,
+            "vocab_size": config.vocab_size,
+            "batch": args.batch,
+            "settings": args.set,
+            **measured(config, training, args.steps, args.items, processes),
+        }
+    if not processes.first:
+        return
+    if args.json:
+        print(json.dumps(report))
+        return
+    for name, value in report.items():
+        print(f"{name:28} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,9 @@ def peer_run(
     from diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion import (
         LearnedClassifierFreeSamplingEmbeddings,
     )
+    from diffusers.utils import logging
 
+    logging.set_verbosity_error()  # it warns about its own deprecated parts
     torch.manual_seed(0)
     pipe = VQDiffusionPipeline(
         vqvae=StubDecoder(1),

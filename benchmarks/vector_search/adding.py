@@ -62,6 +62,7 @@ def adding(data: Data, folder: Path, *, same_process: bool) -> dict[str, Any]:
     ours.link_store(folder / ours.STORE, work / ours.STORE)
     with served().retriever(data, work) as (retriever, store):
         retriever.prepare()
+        ours.read_all(store, data.size)
         vectors, end = new_vectors(data), time.perf_counter() + ALONE_SECONDS
         alone, _ = _serve(retriever, data, vectors, Writing(), lambda: time.perf_counter() < end)
         writing = Writing()

@@ -91,8 +91,7 @@ class Ours:
         retriever, store = self.retriever(data, folder).__enter__()
         retriever.prepare()
         if self._rows == "mapped":
-            for start in range(0, data.size, SEGMENT_ROWS):
-                store.embeddings(np.arange(start, min(start + SEGMENT_ROWS, data.size)))
+            read_all(store, data.size)
         return retriever
 
     def sizes(self, data: Data, folder: Path) -> Sizes:
@@ -119,6 +118,12 @@ class Retriever:
 
     def __exit__(self, *_: object) -> None:
         self._store.close()
+
+
+def read_all(store: Any, size: int) -> None:
+    """Bring all rows into memory and have them verified, as a server has that runs for a while."""
+    for start in range(0, size, SEGMENT_ROWS):
+        store.embeddings(np.arange(start, min(start + SEGMENT_ROWS, size)))
 
 
 def shared_store(data: Data) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
 import socket
@@ -56,7 +55,6 @@ def shared(hub: TinyHub, model: Path) -> TinyHub:
 def test_a_model_is_downloaded_once_and_draws_as_in_its_folder(
     shared: TinyHub, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("knn_diffusion.hub"), "disabled", True)  # as another library may leave it
     there = KnnDiffusion.from_pretrained(NAME, device="cpu")
     assert [record.getMessage() for record in caplog.records if record.name == "knn_diffusion.hub"] == [
         f"downloading {NAME} from {hub_constants.ENDPOINT}"

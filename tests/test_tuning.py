@@ -185,6 +185,7 @@ def test_the_advised_k_ends_where_neighbors_are_half_as_near() -> None:
         own=np.zeros(4, np.int64),
         truth=nothing,
         cosines=cosines,
+        generation=0,
     )
     assert tuning.advised_k(queries, 0.1) == 4
     assert tuning.advised_k(queries, 0.5) == 2
@@ -194,7 +195,12 @@ def test_mean_pairs_are_those_of_all_pairs() -> None:
     rows = NumberEncoder().encode_texts(TEXTS[:7])
     pairs = (rows @ rows.T)[np.triu_indices(7, 1)]
     queries = tuning.Queries(
-        modality="text", vectors=rows, own=np.full(7, -1), truth=np.zeros((7, 1), np.int64), cosines=np.ones((7, 1))
+        modality="text",
+        vectors=rows,
+        own=np.full(7, -1),
+        truth=np.zeros((7, 1), np.int64),
+        cosines=np.ones((7, 1)),
+        generation=0,
     )
     assert tuning.modality_gap(queries, queries).text_text == pytest.approx(pairs.mean(), abs=1e-6)
 

@@ -55,7 +55,6 @@ def fetch(
             f"expected {repository} in the hub's cache, found it not there and have no leave to download it: "
             f"run `hf download {repository}`"
         )
-    logger.disabled = False  # some libraries disable every logger there is when they configure their own
     logger.warning("downloading %s%s from %s", repository, f" ({revision})" if revision else "", hub.constants.ENDPOINT)
     with _translated_errors(hub, repository, revision):
         folder = Path(hub.snapshot_download(repository, **asked))

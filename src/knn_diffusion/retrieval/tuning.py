@@ -54,7 +54,7 @@ class Queries:
     own: Int[np.ndarray, "queries"]
     truth: Int[np.ndarray, "queries k"]
     cosines: Float64[np.ndarray, "queries ranks"]
-    generation: int = 0
+    generation: int
 
 
 def image_queries(store: Store, count: int, k: int, *, records: range | None = None, seed: int = 0) -> Queries:

@@ -32,6 +32,7 @@ from knn_diffusion.device import choose_dtype
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.models.denoiser import DenoiserConfig
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
+from knn_diffusion.tokens import Makers
 from knn_diffusion.training.data import Batch
 from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjective, DenoiserRun
 from knn_diffusion.training.neighbors import DenoiserData
@@ -66,9 +67,13 @@ def random_data(config: DenoiserConfig, items: int, neighbors: int) -> DenoiserD
     rng = np.random.default_rng(0)
     table = rng.normal(size=(items, config.condition_dim)).astype(np.float32)
     table = (table / np.linalg.norm(table, axis=1, keepdims=True)).astype(np.float16)
+    makers = Makers(tokenizer="", seq=config.seq, vocab_size=config.vocab_size, encoder="", dim=config.condition_dim)
+    examples = np.empty(items, makers.record)
+    examples["tokens"] = rng.integers(0, config.vocab_size, (items, config.seq), dtype=np.uint16)
+    examples["embedding"] = table
     return DenoiserData(
-        tokens=rng.integers(0, config.vocab_size, (items, config.seq), dtype=np.uint16),
-        queries=table,
+        examples=examples,
+        items=np.arange(items),
         neighbors=rng.integers(0, items, (items, neighbors), dtype=np.int32),
         table=table,
     )

@@ -34,6 +34,7 @@ LAYERS = {
     "models.encoders": 3,
     "models.transformers_encoder": 3,
     "models.text_states": 3,
+    "tokens": 3,
     "image_index": 4,
     "model_folder": 4,
     "request": 4,

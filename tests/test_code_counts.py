@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,16 +17,15 @@ from tiny_world import GRID, SIZE, VOCAB, build_model, draw_pictures
 from knn_diffusion import KnnDiffusion
 from knn_diffusion.cli import main
 from knn_diffusion.config import from_dict, to_dict
-from knn_diffusion.errors import UsageError
+from knn_diffusion.errors import FingerprintError, UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import pixels_from_uint8, square, to_array
 from knn_diffusion.models.taming import TamingConfig, TamingTokenizer
 from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.models.tokenizers import load_tokenizer, save_tokenizer
+from knn_diffusion.tokens import TokenFolder, makers_of
 from knn_diffusion.training.code_counts import count_codes
-from knn_diffusion.training.data import load_pixels
 from knn_diffusion.training.denoiser import DenoiserRun, train_denoiser
-from knn_diffusion.training.neighbors import prepare
 from knn_diffusion.training.options import RunOptions
 
 
@@ -99,11 +97,13 @@ def test_tokens_are_kept_apart_for_two_ways_to_choose_a_code(world: Path, tmp_pa
     nearest, _ = load_tokenizer(world / "taming")
     product = TamingTokenizer(replace(nearest.config, quantizer="product"))
     product.load_state_dict(nearest.state_dict())
-    pixels = load_pixels([world / "pictures"], SIZE, tmp_path)
-    with ImageIndex.open(world / "model" / "index") as index:
-        one, other = (prepare(pixels, index, made, 2, tmp_path).tokens for made in (nearest, product))
-        assert np.array_equal(prepare(pixels, index, nearest, 2, tmp_path).tokens, one)
-    assert not np.array_equal(one, other)
+    one, other = (makers_of(made, encoder="e", dim=8) for made in (nearest, product))
+    TokenFolder(tmp_path / "tokens", one)
+    assert makers_of(nearest, encoder="e", dim=8) == one
+    with pytest.raises(
+        FingerprintError, match="tokens was made with the tokenizer .*: choose another folder, or go on"
+    ):
+        TokenFolder(tmp_path / "tokens", other)
 
 
 def test_a_tokenizer_of_another_making_is_not_saved(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_only_files_that_surely_stayed_as_they_were_are_passed_over_unread(
 
     def ask(path: Path | str) -> list[Any]:
         monkeypatch.setattr(distributed, "connected", lambda settings: pytest.fail("Ray was asked"))
-        return list(distributed.embed_on_ray(find_images([path]), tiny_encoder(), store, True, HERE))
+        return list(distributed.embed_on_ray([find_images([path])], tiny_encoder(), store, True, HERE))
 
     with pytest.raises(pytest.fail.Exception):
         ask(tmp_path / "a.png")  # written a moment before it was saved
@@ -300,11 +300,16 @@ def test_a_cluster_that_cannot_be_joined_is_told_in_plain_words() -> None:
         distributed._start(ray, "nonsense", "")
 
 
-def test_workers_that_take_a_gpu_put_the_encoder_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_take_a_gpu_put_encoder_and_tokenizer_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distributed, "_imported", lambda: SimpleNamespace(get=lambda reference: reference))
     moved: list[str] = []
-    distributed.Worker(None, [SimpleNamespace(to=moved.append)], str(tmp_path / "elsewhere"), True, on_gpu=True)
-    assert moved == ["cuda"]
+    encoder, tokenize = (SimpleNamespace(to=lambda device: moved.append(str(device))) for _ in range(2))
+    distributed.Worker(None, [(encoder, tokenize)], str(tmp_path / "elsewhere"), True, on_gpu=True)
+    assert moved == ["cuda", "cuda"]
+    distributed.Worker(None, [(encoder, None)], str(tmp_path / "elsewhere"), True, on_gpu=True)
+    assert moved == ["cuda"] * 3
     there = SimpleNamespace(cluster_resources=lambda: {"CPU": 64.0, "GPU": 4.0})
     asked = (RayConfig(), RayConfig(gpus_per_worker=0.5), RayConfig(gpus_per_worker=1.0))
     assert [distributed._places(there, settings) for settings in asked] == [64, 8, 4]

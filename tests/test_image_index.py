@@ -25,8 +25,6 @@ from knn_diffusion.image_index import index as module
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
-from knn_diffusion.training import neighbors as training_neighbors
-from knn_diffusion.training.neighbors import find_neighbors
 
 NAMES = {
     "red": (220, 30, 30),
@@ -251,16 +249,6 @@ def test_duplicates_are_found_when_asked_for() -> None:
         assert set(index.search(query, 2, deduplicate=False).ids[0]) == {id_of(images[0]), id_of(images[1])}
 
 
-def test_the_lists_of_a_large_index_are_made_at_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with ImageIndex.build([picture(seed) for seed in range(30)], None, ENCODER, rule=OFF) as index:
-        ids, queries = index.ids[::-1][:20], index.embeddings[::-1][:20]
-        expected = find_neighbors(queries, ids, index, 4)
-        monkeypatch.setattr(training_neighbors, "EVERY_PAIR", 10)
-        monkeypatch.setattr(ImageIndex, "neighbor_rows", None)
-        np.testing.assert_array_equal(find_neighbors(queries, ids, index, 4, cache=tmp_path), expected)
-        np.testing.assert_array_equal(np.load(tmp_path / "neighbors-of-the-index.npy")[::-1][:20], expected)
-
-
 def test_training_neighbors_are_rows_of_the_embeddings() -> None:
     images = [picture(n) for n in range(30)]
     with ImageIndex.build(images, None, ENCODER, rule=DedupConfig(cosine=0.99, manhattan=None)) as index:
@@ -269,41 +257,43 @@ def test_training_neighbors_are_rows_of_the_embeddings() -> None:
         ids = index.ids
         assert rows.shape == (29, 3)
         assert not (rows == np.arange(29)[:, None]).any()
-        found = index.neighbor_rows(table, 3, exclude_ids=[[one] for one in ids])
+        found = index.neighbor_rows(table, 3, np.arange(29))
         np.testing.assert_array_equal(found, rows)
         best = index.search(table[7:8], 1, exclude_ids=[ids[7]]).ids[0][0]
         assert ids[rows[7, 0]] == best
-        mixed = index.neighbor_rows(table[:3], 1, exclude_ids=[[ids[0], ids[rows[0, 0]]], [], ["unknown"]])
-        assert mixed[0, 0] != rows[0, 0]
-        assert mixed[1:, 0].tolist() != [1, 2]
-        with pytest.raises(
-            UsageError, match="exclude_ids needs one list for each of the 3 queries, got 2: add the rest"
-        ):
-            index.neighbor_rows(table[:3], 1, exclude_ids=[[], []])
+        index.set_rule(OFF)
+        assert index.neighbor_rows(table[:3], 1, np.array([0, -1, 7]))[:, 0].tolist()[1:] == [1, 2]
+        assert index.neighbor_rows(table[:1], 1, np.array([0]))[0, 0] != 0 == index.neighbor_rows(table[:1], 1)[0, 0]
 
 
-def test_training_neighbors_are_of_one_moment_whatever_is_removed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = [picture(n) for n in range(12)]
-    with ImageIndex.build(images, None, ENCODER, rule=DedupConfig(cosine=0.99999, manhattan=None)) as index:
-        table, ids = index.embeddings.astype(np.float32), index.ids
-        expected = index.neighbor_rows(table[6:7], 11, exclude_ids=[[ids[6]]])
-        units = module.unit_rows
+def test_a_table_of_embeddings_stays_what_it_was(photos: Path, tmp_path: Path) -> None:
+    with ImageIndex.build([photos], tmp_path / "index", ENCODER) as index:
+        before, table = index.embeddings, index.table()
+        index.remove(index.ids[:3])
+        index.add([picture(40)])
+        index.compact()
+        assert len(table) == len(before) == 11
+        np.testing.assert_array_equal(table[np.arange(11)], before)
+        places = np.array([[3, 0], [10, 3]])
+        np.testing.assert_array_equal(table[places], before[places])
+        now = index.table()
+        assert len(now) == 9
+        np.testing.assert_array_equal(now[np.arange(9)], index.embeddings)
 
-        def removing(*given: Any) -> Any:
-            real = index._store.rows_of
 
-            def and_then(*asked: Any) -> Any:
-                rows = real(*asked)
-                monkeypatch.setattr(index._store, "rows_of", real)
-                index.remove([ids[0]])
-                return rows
+def test_images_are_found_in_the_table_by_their_content(photos: Path, tmp_path: Path) -> None:
+    def contents(images: list[Image.Image]) -> np.ndarray:
+        return np.stack([np.frombuffer(bytes.fromhex(content_digest(one)), np.uint8) for one in images])
 
-            monkeypatch.setattr(index._store, "rows_of", and_then)
-            return units(*given)
-
-        monkeypatch.setattr(module, "unit_rows", removing)
-        np.testing.assert_array_equal(index.neighbor_rows(table[6:7], 11, exclude_ids=[[ids[6]]]), expected)
-        assert len(index) == 11
+    images = [picture(n) for n in range(9)]
+    with ImageIndex.build(images, tmp_path / "index", ENCODER, rule=OFF) as index:
+        index.remove([id_of(images[2]), id_of(images[5])])
+        asked = contents([images[8], images[2], picture(50), images[0]])
+        assert index.places_of(asked).tolist() == [6, -1, -1, 0]
+        index.compact()
+        index.add([images[2]])
+        assert index.places_of(asked).tolist() == [6, 7, -1, 0]
+        assert index.places_of(asked[:0]).tolist() == []
 
 
 def test_the_digest_follows_images_and_rule(photos: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_world import SIZE, build_model, draw_pictures
+from tiny_world import GRID, SIZE, build_model, draw_pictures
 
 from knn_diffusion import ImageIndex
 from knn_diffusion.config import from_dict
@@ -19,11 +19,15 @@ from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import ConfigError, UsageError
 from knn_diffusion.model_folder import load_model, write_pipeline_file
 from knn_diffusion.models.tokenizers import load_tokenizer
+from knn_diffusion.tokens import Examples, units
 from knn_diffusion.training import neighbors
-from knn_diffusion.training.data import load_pixels
 from knn_diffusion.training.denoiser import DenoiserRun, train_denoiser
-from knn_diffusion.training.neighbors import ABSENT, prepare
+from knn_diffusion.training.neighbors import ABSENT, find_neighbors, prepare
 from knn_diffusion.training.options import RunOptions
+from knn_diffusion.training.processes import Processes
+from knn_diffusion.training.tokens import examples_of
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -56,39 +60,73 @@ def train(
         )
 
 
+def examples(world: Path, index: ImageIndex, place: Path, tokenizer: str = "model/tokenizer") -> Examples:
+    """The pictures as a run makes them."""
+    parts, _ = load_tokenizer(world / tokenizer)
+    return examples_of([world / "pictures"], index, parts, place, Processes(device=CPU), RunOptions(output=place))
+
+
 def test_no_image_is_its_own_neighbor(world: Path, tmp_path: Path) -> None:
-    pixels = load_pixels([world / "pictures"], SIZE, tmp_path)
-    tokenizer, _ = load_tokenizer(world / "model" / "tokenizer")
     with ImageIndex.open(world / "model" / "index") as index:
-        data = prepare(pixels, index, tokenizer, 3, tmp_path)
-        ids = np.array([*index.ids, ""])
-    assert all(own not in ids[row] for own, row in zip(pixels.ids, data.neighbors, strict=True))
+        made = examples(world, index, tmp_path / "tokens")
+        data = prepare(made, index, 3, tmp_path)
+        own = index.places_of(made.contents)
+        assert sorted(own.tolist()) == list(range(12))
+        np.testing.assert_array_equal(made[np.arange(12)]["embedding"], index.embeddings[own])
+    assert not (data.neighbors == own[:, None]).any()
     batch = data.batch(torch.tensor([0, 5]), torch.Generator())
     assert torch.equal(batch["present"], torch.from_numpy(data.neighbors[[0, 5]] != ABSENT))
     assert batch["neighbors"].shape == (2, 3, batch["query"].shape[1])
+    assert batch["tokens"].shape == (2, GRID**2)
 
 
-def test_only_the_neighbors_of_the_runs_own_images_stay_in_the_cache(
+def test_images_that_the_index_does_not_have_are_embedded_and_find_its_images(world: Path, tmp_path: Path) -> None:
+    with ImageIndex.open(world / "model" / "index", read_only=True) as index:
+        expected = examples(world, index, tmp_path / "before")
+        known = index.places_of(expected.contents)
+        index.remove([index.ids[known[4]], index.ids[known[7]]])
+        made = examples(world, index, tmp_path / "tokens")
+        np.testing.assert_array_equal(made.contents, expected.contents)
+        every = np.arange(12)
+        np.testing.assert_array_equal(made[every]["tokens"], expected[every]["tokens"])
+        np.testing.assert_allclose(made[every]["embedding"], expected[every]["embedding"], atol=1e-3)
+        data = prepare(made, index, 3, tmp_path)
+        assert (index.places_of(made.contents) == -1).nonzero()[0].tolist() == [4, 7]
+        own = made[np.array([4])]["embedding"].astype(np.float32)
+        np.testing.assert_array_equal(data.neighbors[4:5], index.neighbor_rows(own, 3))
+
+
+def test_lists_of_a_large_index_are_made_at_once_and_only_those_of_the_run_stay(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pixels = load_pixels([world / "pictures"], SIZE, tmp_path)
-    tokenizer, _ = load_tokenizer(world / "model" / "tokenizer")
-    with ImageIndex.open(world / "model" / "index") as index:
-        expected = prepare(pixels, index, tokenizer, 3, tmp_path / "every-pair").neighbors
+    with ImageIndex.open(world / "model" / "index", read_only=True) as index:
+        made = examples(world, index, tmp_path / "tokens")
+        expected = prepare(made, index, 3, tmp_path / "every-pair").neighbors
+        asked: list[int] = []
+        real = ImageIndex.neighbor_rows
         monkeypatch.setattr(neighbors, "EVERY_PAIR", 5)
-        made = prepare(pixels, index, tokenizer, 3, tmp_path / "at-once").neighbors
-    np.testing.assert_array_equal(made, expected)
-    kept = (sorted(path.name for path in (tmp_path / one).iterdir()) for one in ("at-once", "every-pair"))
-    assert next(kept) == next(kept)
+        monkeypatch.setattr(ImageIndex, "neighbor_rows", lambda *given: asked.append(len(given[1])) or real(*given))
+        np.testing.assert_array_equal(prepare(made, index, 3, tmp_path / "at-once").neighbors, expected)
+        assert asked == []
+        kept = (sorted(path.name for path in (tmp_path / one).iterdir()) for one in ("at-once", "every-pair"))
+        assert next(kept) == next(kept)
+        index.remove([index.ids[index.places_of(made.contents)[2]]])
+        prepare(made, index, 3, tmp_path / "one-alone")
+        assert asked == [1]
+        monkeypatch.setattr(neighbors, "FEW", 1)
+        prepare(made, index, 2, tmp_path / "one-alone")
+        assert asked == [1, 1]
+        one = np.arange(12) == 3
+        find_neighbors(made, np.flatnonzero(one), index, 3)
+        assert asked == [1, 1, 1]
 
 
 def test_an_index_that_is_changed_while_neighbors_are_looked_up_is_told_and_nothing_is_kept(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pixels = load_pixels([world / "pictures"], SIZE, tmp_path)
-    tokenizer, _ = load_tokenizer(world / "model" / "tokenizer")
     with ImageIndex.open(world / "model" / "index", read_only=True) as index:
-        expected = prepare(pixels, index, tokenizer, 3, tmp_path / "before").neighbors
+        made = examples(world, index, tmp_path / "tokens")
+        expected = prepare(made, index, 3, tmp_path / "before").neighbors
         real, first = ImageIndex.neighbor_rows, index.ids[0]
 
         def removing(self: ImageIndex, *given: Any, **options: Any) -> np.ndarray:
@@ -100,10 +138,23 @@ def test_an_index_that_is_changed_while_neighbors_are_looked_up_is_told_and_noth
         with pytest.raises(
             UsageError, match="expected an index that nobody changes while neighbors are looked up, .*: give"
         ):
-            prepare(pixels, index, tokenizer, 3, tmp_path / "cache")
+            prepare(made, index, 3, tmp_path / "cache")
     monkeypatch.undo()
     with ImageIndex.open(world / "model" / "index", read_only=True) as index:
-        np.testing.assert_array_equal(prepare(pixels, index, tokenizer, 3, tmp_path / "cache").neighbors, expected)
+        np.testing.assert_array_equal(prepare(made, index, 3, tmp_path / "cache").neighbors, expected)
+
+
+def test_a_picture_in_several_files_counts_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_IMAGES", 5)
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    shutil.copy(tmp_path / "pictures" / "red-bar.png", tmp_path / "pictures" / "zebra.png")
+    with ImageIndex.open(world / "model" / "index") as index:
+        parts, _ = load_tokenizer(world / "model" / "tokenizer")
+        options = RunOptions(output=tmp_path / "run")
+        made = examples_of([tmp_path / "pictures"], index, parts, tmp_path / "tokens", Processes(device=CPU), options)
+        data = prepare(made, index, 3, tmp_path)
+    assert len(made) == 13
+    assert data.items.tolist() == list(range(12))
 
 
 def test_an_index_with_too_few_neighbors_says_how_many_would_do(world: Path, tmp_path: Path) -> None:
@@ -124,7 +175,7 @@ def test_a_second_run_is_refused_before_anything_is_prepared(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
-    monkeypatch.setattr("knn_diffusion.training.denoiser.load_pixels", None)
+    monkeypatch.setattr("knn_diffusion.training.denoiser.examples_of", None)
     with pytest.raises(UsageError, match="already holds a run"):
         train(world, tmp_path)
 

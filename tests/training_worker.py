@@ -28,6 +28,7 @@ from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.errors import KnnDiffusionError
 from knn_diffusion.models.denoiser import DenoiserConfig
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
+from knn_diffusion.tokens import Makers
 from knn_diffusion.training import log, loop
 from knn_diffusion.training.data import Batch
 from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjective, DenoiserRun
@@ -62,7 +63,10 @@ class Data:
         table /= np.linalg.norm(table, axis=1, keepdims=True)
         tokens = rng.integers(0, SHAPE.vocab_size, (items, SHAPE.seq))
         neighbors = rng.integers(-1, items, (items, 3)).astype(np.int64)
-        return cls(DenoiserData(tokens=tokens, queries=table, neighbors=neighbors, table=table))
+        makers = Makers(tokenizer="", seq=SHAPE.seq, vocab_size=SHAPE.vocab_size, encoder="", dim=SHAPE.condition_dim)
+        examples = np.empty(items, makers.record)
+        examples["tokens"], examples["embedding"] = tokens, table
+        return cls(DenoiserData(examples=examples, items=np.arange(items), neighbors=neighbors, table=table))
 
     def __len__(self) -> int:
         return len(self.inner)

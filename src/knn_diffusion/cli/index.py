@@ -14,7 +14,7 @@ from knn_diffusion.cli.terminal import JsonOption, answer, progress, say
 from knn_diffusion.errors import ImageError, KnnDiffusionError, StoreError, UsageError
 
 if TYPE_CHECKING:
-    from knn_diffusion.image_index import AddReport, ImageIndex, RayConfig
+    from knn_diffusion.image_index import AddReport, ImageIndex, RayConfig, TokenOutput
     from knn_diffusion.retrieval.plan import Plan
 
 SKIPPED_SHOWN = 10
@@ -36,6 +36,8 @@ RayAddressOption = Annotated[
     str | None, typer.Option("--ray-address", help="Ray cluster to work on, host:port; else this machine.")
 ]
 RayGpusOption = Annotated[float, typer.Option("--ray-gpus", min=0, help="Share of a GPU for each process.")]
+TokensOption = Annotated[Path | None, typer.Option("--tokens", help="Also tokenize for a training, into this folder.")]
+TokenizerOption = Annotated[Path | None, typer.Option("--tokenizer", help="Folder of the tokenizer for --tokens.")]
 
 
 @app.callback()
@@ -55,6 +57,8 @@ def build(
     ray: RayOption = False,
     ray_address: RayAddressOption = None,
     ray_gpus: RayGpusOption = 0.0,
+    tokens: TokensOption = None,
+    tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Embed images into a new index; those that cannot be read are listed and left out.
@@ -63,10 +67,10 @@ def build(
     """
     from knn_diffusion.image_index import ImageIndex
 
-    spread = _spread(ray, ray_address, ray_gpus)
+    spread, wanted = _spread(ray, ray_address, ray_gpus), _tokens(tokens, tokenizer)
     with progress() as show:
         made = ImageIndex.build(
-            images, output, encoder, progress=show, announce=_announce, ray=spread, metadata=metadata
+            images, output, encoder, progress=show, announce=_announce, ray=spread, metadata=metadata, tokens=wanted
         )
     assert made.report is not None
     _tell(made.report, made, output, as_json)
@@ -81,15 +85,17 @@ def add(
     ray: RayOption = False,
     ray_address: RayAddressOption = None,
     ray_gpus: RayGpusOption = 0.0,
+    tokens: TokensOption = None,
+    tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add images to an index; the next search finds them, without any training.
 
     Example: knn-diffusion index add my-index new/*.png
     """
-    opened, spread = changeable(index), _spread(ray, ray_address, ray_gpus)
+    opened, spread, wanted = changeable(index), _spread(ray, ray_address, ray_gpus), _tokens(tokens, tokenizer)
     with progress() as show:
-        report = opened.add(images, progress=show, ray=spread, metadata=metadata)
+        report = opened.add(images, progress=show, ray=spread, metadata=metadata, tokens=wanted)
     if report.skipped and not report.added and not report.already_present:
         first = report.skipped[0]
         raise ImageError(
@@ -227,6 +233,14 @@ def _spread(ray: bool, address: str | None, gpus: float) -> RayConfig | None:
         alone = "--ray-address" if address else "--ray-gpus"
         raise UsageError(f"expected --ray with {alone}, got {alone} alone: add --ray, or leave {alone} out")
     return RayConfig(address=address, gpus_per_worker=gpus) if ray else None
+
+
+def _tokens(folder: Path | None, tokenizer: Path | None) -> TokenOutput | None:
+    from knn_diffusion.image_index import TokenOutput
+
+    if (folder is None) != (tokenizer is None):
+        raise UsageError("expected --tokens and --tokenizer together, got one of them: name both, or neither")
+    return TokenOutput(tokenizer, folder) if tokenizer is not None and folder is not None else None
 
 
 def changeable(index: str) -> ImageIndex:

@@ -115,6 +115,10 @@ def denoiser(
     output: OutputOption,
     index: Annotated[str, typer.Option("--index", help="Index with the neighbors of the images.", show_default=False)],
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Folder of a trained tokenizer.")] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option("--tokens", help="Folder of tokens, as index build made it; without --images all of it."),
+    ] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
     changes: SetOption = None,
@@ -134,10 +138,12 @@ def denoiser(
     from knn_diffusion.presets import DENOISERS
     from knn_diffusion.training.denoiser import train_denoiser
 
-    sources = _required(images)
+    sources = images or [] if tokens is not None else _required(images)
     run = chosen_run("denoiser", DENOISERS, preset=preset, file=config, changes=changes, init=init)
     with _watched("denoiser", output, resume=resume, max_minutes=max_minutes, device=device) as options:
-        result = train_denoiser(run, sources, ImageIndex.open(index), options, tokenizer=tokenizer, init=init)
+        result = train_denoiser(
+            run, sources, ImageIndex.open(index), options, tokenizer=tokenizer, tokens=tokens, init=init
+        )
     _report("denoiser", output, result, as_json)
 
 

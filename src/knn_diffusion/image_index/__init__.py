@@ -4,5 +4,16 @@ from knn_diffusion.image_index.dedup import DedupReport
 from knn_diffusion.image_index.distributed import RayConfig
 from knn_diffusion.image_index.index import ImageIndex
 from knn_diffusion.image_index.ingest import AddReport, Skipped, content_digest
+from knn_diffusion.image_index.table import EmbeddingTable
+from knn_diffusion.image_index.tokenizing import TokenOutput
 
-__all__ = ["AddReport", "DedupReport", "ImageIndex", "RayConfig", "Skipped", "content_digest"]
+__all__ = [
+    "AddReport",
+    "DedupReport",
+    "EmbeddingTable",
+    "ImageIndex",
+    "RayConfig",
+    "Skipped",
+    "TokenOutput",
+    "content_digest",
+]

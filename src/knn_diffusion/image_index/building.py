@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
 from knn_diffusion.image_index.encoder import IndexEncoder
-from knn_diffusion.image_index.ingest import AddReport, Images, Writer, embed, find_sources
+from knn_diffusion.image_index.ingest import AddReport, Images, Skipped, Writer, embed_groups, find_sources
 from knn_diffusion.image_index.metadata_table import Tables, match_tables
 from knn_diffusion.image_index.settings import settle_rule
+from knn_diffusion.image_index.tokenizing import Recorder, TokenOutput
+from knn_diffusion.images import SourceImage
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
@@ -67,22 +69,34 @@ def add(
     *,
     previews: bool,
     ray: RayConfig | None,
+    tokens: TokenOutput | None,
     progress: Progress | None,
 ) -> AddReport:
     """See ImageIndex.add."""
     found = find_sources(images)
     writer = Writer(store, match_tables(metadata, found) if metadata is not None else None)
-    told = progress or (lambda what, done, total: None)
-    told("adding images", 0, len(found))
+    recorder, tokenize = None, None
+    groups: list[Sequence[SourceImage]] = [found]
+    if tokens is not None:
+        folder, tokenize = tokens.opened(encoder.load())
+        recorder = Recorder(folder, found, store)
+        groups = [unit.images for unit in recorder.units]
+        writer.report.skipped += [Skipped(source=one["source"], reason=one["reason"]) for one in recorder.skipped]
+        writer.report.already_present += len(found) - sum(map(len, groups)) - len(recorder.skipped)
+    total, told = sum(map(len, groups)), progress or (lambda what, done, total: None)
+    told("adding images", 0, total)
     if ray is None:
-        outcomes = embed(found, encoder.load(), previews, writer.knows)
+        outcomes = embed_groups(groups, encoder.load(), previews, writer.known, tokenize)
     else:
-        outcomes = embed_on_ray(found, encoder.load(), store, previews, ray)
+        outcomes = embed_on_ray(groups, encoder.load(), store, previews, ray, tokenize)
     with closing(outcomes):
         try:
             for number, outcome in enumerate(outcomes, 1):
                 writer.take(outcome)
-                told("adding images", number, len(found))
+                if recorder is not None and recorder.take(outcome):
+                    writer.commit()
+                    recorder.keep()
+                told("adding images", number, total)
         finally:
             writer.commit()
     return writer.report

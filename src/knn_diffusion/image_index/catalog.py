@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 from PIL import Image
 
 from knn_diffusion.errors import UsageError
@@ -15,10 +15,32 @@ from knn_diffusion.retrieval.metadata import Value
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
+KEYS_AT_ONCE = 1_000_000
+
 
 def ids(store: Store) -> list[str]:
     """The id of every image, in the order they were added."""
     return store.consistently(lambda now: [facts[0] for facts in store.facts(now.live_rows, now)])
+
+
+def content_keys(store: Store, snapshot: Snapshot) -> UInt64[np.ndarray, "items"]:
+    """The first eight bytes of the content digest of every image, in the order they were added.
+
+    Raises: CompactedError when the snapshot is too old.
+    """
+    records = snapshot.records.of_rows(snapshot.live_rows)
+    keys = np.zeros(len(records), np.uint64)
+    for start in range(0, len(records), KEYS_AT_ONCE):
+        some = records[start : start + KEYS_AT_ONCE]
+        sql = "SELECT row, CAST(content AS BLOB) FROM items WHERE row BETWEEN ? AND ?"
+        found = store.live.query(sql, (int(some[0]), int(some[-1])))
+        there = np.fromiter((row for row, _ in found), np.int64, len(found))
+        contents = np.fromiter((int.from_bytes(content[:8].ljust(8)) for _, content in found), np.uint64, len(found))
+        places = np.searchsorted(some, there)
+        fits = some[places.clip(max=len(some) - 1)] == there
+        keys[start + places[fits]] = contents[fits]
+    store.require_generation(snapshot)
+    return keys
 
 
 def sources(store: Store, wanted: Sequence[str]) -> list[str]:

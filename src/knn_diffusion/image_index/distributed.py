@@ -20,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from knn_diffusion.config import config, require
 from knn_diffusion.errors import KnnDiffusionError, MissingDependencyError
 from knn_diffusion.image_index.ingest import COMMIT_IMAGES, Outcome, Skipped, embed
@@ -28,6 +30,7 @@ from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.retrieval.database import text
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
+from knn_diffusion.tokens import Tokenize
 
 CHUNKS_PER_WORKER = 4
 """At least so many where there are few images, so that no worker idles while another is at the last chunk."""
@@ -72,6 +75,10 @@ class Chunk:
     images: Sequence[SourceImage]
     known: frozenset[str]
 
+    def is_known(self, source: SourceImage, content: str) -> str | None:
+        """The digest, if it is one of those."""
+        return content if content in self.known else None
+
 
 class Attempts:
     """How often each chunk was begun; a process of its own, which outlives the workers."""
@@ -88,11 +95,13 @@ class Attempts:
 class Worker:
     """A process of the pool, in the caller's folder if it can see that, so that relative paths mean the same."""
 
-    def __init__(self, attempts: Any, shared_encoder: Sequence[Any], folder: str, previews: bool, on_gpu: bool) -> None:
+    def __init__(self, attempts: Any, shared: Sequence[Any], folder: str, previews: bool, on_gpu: bool) -> None:
         self.ray, self.attempts, self.previews = _imported(), attempts, previews
-        self.encoder = self.ray.get(shared_encoder[0])
+        self.encoder, self.tokenize = self.ray.get(shared[0])
         if on_gpu:
             self.encoder.to("cuda")
+            if self.tokenize is not None:
+                self.tokenize.to(torch.device("cuda"))
         with suppress(OSError):
             os.chdir(folder)
 
@@ -104,33 +113,45 @@ class Worker:
         if self.ray.get(self.attempts.begin.remote(chunk.number)) > ATTEMPTS:
             return [Skipped(source=one.source, reason=DEADLY) for one in chunk.images]
         try:
-            return list(embed(chunk.images, self.encoder, self.previews, chunk.known.__contains__))
+            return list(embed(chunk.images, self.encoder, self.previews, chunk.is_known, self.tokenize))
         except Exception as error:  # returned, as Ray would wrap it until nobody knows what it said
             return _failure(error)
 
 
 def embed_on_ray(
-    found: Sequence[SourceImage], encoder: JointEncoder, store: Store, previews: bool, settings: RayConfig
+    groups: Sequence[Sequence[SourceImage]],
+    encoder: JointEncoder,
+    store: Store,
+    previews: bool,
+    settings: RayConfig,
+    tokenize: Tokenize | None = None,
 ) -> Generator[Outcome, None, None]:
     """What becomes of each image, in order, but first of those that need not be read again.
 
     An image is passed over unread when the store has one of the same absolute path and the file has not changed since.
-    That of a relative path, or of a file that changed lately, is read, and encoded only if it is another.
+    That of a relative path, or of a file that changed lately, is read, and encoded only if it is another. With `tokenize`
+    all are read. No worker gets images of two groups at once.
 
     Raises: MissingDependencyError without Ray; KnnDiffusionError when there is no cluster at the address, or workers
         cannot start or die again and again.
     """
-    known = _known(store, found)
-    todo = [one for one in found if one.source not in known or not _is_settled(one.source, known[one.source][1])]
-    yield from [None] * (len(found) - len(todo))
-    if not todo:
+    known = _known(store, [one for group in groups for one in group])
+
+    def is_due(one: SourceImage) -> bool:
+        return tokenize is not None or one.source not in known or not _is_settled(one.source, known[one.source][1])
+
+    todo = [[one for one in group if is_due(one)] for group in groups]
+    count = sum(map(len, todo))
+    yield from [None] * (sum(map(len, groups)) - count)
+    if not count:
         return
     with connected(settings) as ray:
         workers = settings.workers or _places(ray, settings)
-        size = min(COMMIT_IMAGES, -(-len(todo) // (CHUNKS_PER_WORKER * workers)))
+        size = min(COMMIT_IMAGES, -(-count // (CHUNKS_PER_WORKER * workers)))
         contents = {source: content for source, (content, _) in known.items()}
-        chunks = [_chunk(start, todo[start : start + size], contents) for start in range(0, len(todo), size)]
-        yield from _spread(ray, chunks, encoder, previews, workers, settings.gpus_per_worker)
+        pieces = [group[start : start + size] for group in todo for start in range(0, len(group), size)]
+        chunks = [_chunk(number, piece, contents) for number, piece in enumerate(pieces)]
+        yield from _spread(ray, chunks, (encoder, tokenize), previews, workers, settings.gpus_per_worker)
 
 
 def _chunk(number: int, images: Sequence[SourceImage], contents: Mapping[str, str]) -> Chunk:
@@ -258,12 +279,17 @@ def _places(ray: Any, settings: RayConfig) -> int:
 
 
 def _spread(
-    ray: Any, chunks: Sequence[Chunk], encoder: JointEncoder, previews: bool, workers: int, gpus: float
+    ray: Any,
+    chunks: Sequence[Chunk],
+    networks: tuple[JointEncoder, Tokenize | None],
+    previews: bool,
+    workers: int,
+    gpus: float,
 ) -> Iterator[Outcome]:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    shared = [ray.put(encoder)]  # in a list each worker fetches it, and it outlives those that die
+    shared = [ray.put(networks)]  # in a list each worker fetches them, and they outlive those that die
     attempts = ray.remote(num_cpus=0)(Attempts).remote()
     with ray.data.DataContext.current(context):
         outcomes = ray.data.from_items([{"chunk": one} for one in chunks], override_num_blocks=len(chunks)).map_batches(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Float16, Int, UInt8
 from PIL import Image
 
 from knn_diffusion import images as pictures
@@ -27,10 +27,12 @@ from knn_diffusion.image_index.dedup import DedupReport, find_copies
 from knn_diffusion.image_index.distributed import RayConfig
 from knn_diffusion.image_index.encoder import AnyEncoder, IndexEncoder, identity_of, keep_place, loaded
 from knn_diffusion.image_index.exchange import Claim, import_files
-from knn_diffusion.image_index.exclusion import Excluded, excluded_items, per_query
+from knn_diffusion.image_index.exclusion import Excluded, per_query
 from knn_diffusion.image_index.ingest import AddReport, Images, find_sources
 from knn_diffusion.image_index.metadata_table import Tables
 from knn_diffusion.image_index.settings import keep_reach, keep_rule, stored_rule, stored_settings
+from knn_diffusion.image_index.table import EmbeddingTable, places_of
+from knn_diffusion.image_index.tokenizing import TokenOutput, tokenize_units
 from knn_diffusion.image_index.upkeep import Upkeep, require_writable
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.progress import Progress
@@ -55,6 +57,7 @@ from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, plan_for
 from knn_diffusion.retrieval.segments import Snapshot, unit_rows
 from knn_diffusion.retrieval.store import Store
 from knn_diffusion.shapes import Neighbors
+from knn_diffusion.tokens import TokenFolder, Tokenize, Unit
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
 
@@ -91,6 +94,7 @@ class ImageIndex:
         rule: DedupConfig | None = None,
         ray: RayConfig | None = None,
         metadata: Tables | None = None,
+        tokens: TokenOutput | None = None,
     ) -> ImageIndex:
         """A new index of the images in a new folder, or in memory when `path` is None; `report` says what was skipped.
 
@@ -103,6 +107,7 @@ class ImageIndex:
             ray: spread the work over processes or machines. The index is the same, and an interrupted build goes on
                 with the same call.
             metadata: tables of what is known of the images, as in `add`.
+            tokens: make and keep the images' tokens in the same pass, as in `add`.
 
         Raises: UsageError when the folder exists or no image is found; ImageError when none can be used; with `ray`, what
             `add` raises, and FingerprintError when another encoder began the build. After an interruption the folder holds
@@ -112,13 +117,16 @@ class ImageIndex:
         if announce is not None:
             announce(plan_for(len(found), made_by.dim, settings or IndexConfig()))
         folder = Path(path) if path is not None else None
-        store = building.begin(folder, identity_of(made_by), resume=ray is not None)
+        resume = ray is not None or tokens is not None
+        store = building.begin(folder, identity_of(made_by), resume=resume)
         index = cls._opened(store, made_by, settings)
         with building.filling(store):
             keep_place(store, encoder)
             if rule is not None:
                 index.set_rule(rule)
-            report = index.report = index.add(found, progress=progress, previews=previews, ray=ray, metadata=metadata)
+            report = index.report = index.add(
+                found, progress=progress, previews=previews, ray=ray, metadata=metadata, tokens=tokens
+            )
             if not len(index):
                 first = report.skipped[0]
                 raise ImageError(
@@ -193,6 +201,7 @@ class ImageIndex:
         previews: bool = True,
         ray: RayConfig | None = None,
         metadata: Tables | None = None,
+        tokens: TokenOutput | None = None,
     ) -> AddReport:
         """Add images; each batch is on the disk, and found by searches, when the next one starts.
 
@@ -204,12 +213,21 @@ class ImageIndex:
                 that has not changed since, is then passed over unread.
             metadata: .csv, .jsonl or .parquet tables with a column `source` or `key` that names the image; the others
                 become columns of `where`. Images that are there already keep what they have.
+            tokens: also tokenize the images for a training, those that are there already too. What is tokenized and in
+                the index is passed over unread, shard by shard.
 
-        Raises: UsageError when no image is found; KnnDiffusionError when the disk is full, or Ray gives up: earlier
+        Raises: UsageError when no image is found; FingerprintError for a folder of other tokens; KnnDiffusionError when the disk is full, or Ray gives up: earlier
             batches stay. MissingDependencyError without Ray.
         """
         report = building.add(
-            self._store, self._encoder, images, metadata, previews=previews, ray=ray, progress=progress
+            self._store,
+            self._encoder,
+            images,
+            metadata,
+            previews=previews,
+            ray=ray,
+            tokens=tokens,
+            progress=progress,
         )
         if building.complete(self._store):
             self._retriever.rule = stored_rule(self._store)
@@ -399,31 +417,52 @@ class ImageIndex:
         """The k images nearest to an image, the image itself first if it is in the index; options as in `search`."""
         return self.search(self.encoder.encode_images([pictures.open_image(image)]), k, **options)
 
+    # Training
+
+    def tokenize(
+        self, units: Sequence[Unit], folder: TokenFolder, tokenize: Tokenize, progress: Progress | None = None
+    ) -> None:
+        """Make those parts of a folder of tokens that are not there; the index stays as it is.
+
+        Images that it has, by their pixels or as imported embeddings of the same names, need not be encoded.
+
+        Raises: FingerprintError when the encoder is not at hand; KnnDiffusionError when the disk is full.
+        """
+        tokenize_units(units, folder, tokenize, self._store, self.encoder, progress)
+
+    def table(self) -> EmbeddingTable:
+        """The embeddings as they are now, read as they are asked for, whatever becomes of the index meanwhile."""
+        return EmbeddingTable(self._store)
+
+    def places_of(self, contents: UInt8[np.ndarray, "images digest"]) -> Int[np.ndarray, "images"]:
+        """Where images with these SHA-256 of their pixels lie in `embeddings`, -1 for those that are not there."""
+        return places_of(self._store, contents)
+
     def neighbor_rows(
         self,
         queries: Float[np.ndarray, "queries dim"],
         k: int,
-        exclude_ids: Excluded | None = None,
+        own: Int[np.ndarray, "queries"] | None = None,
         *,
         device: str = "cpu",
     ) -> Int[np.ndarray, "queries k"]:
-        """For training: rows of `embeddings` nearest to each image, -1 where too few are left; near-copies left out.
+        """Rows of `embeddings` nearest to each image, -1 where too few are left; near-copies left out.
 
         Args:
-            exclude_ids: as in `search`; the first of a query is the image itself.
+            own: the row of each image itself, -1 where it is not there; it is left out.
         """
         units = unit_rows(queries, self.dim, "queries")
+        excluded = np.full(len(queries), -1) if own is None else own
 
         def read(now: Snapshot) -> Int[np.ndarray, "queries k"]:
-            excluded = excluded_items(self._store, now, exclude_ids, len(queries))
-            return neighbors_of(self._store, units, excluded, k, self.rule, snapshot=now, device=device)
+            return neighbors_of(self._store, units, excluded[:, None], k, self.rule, snapshot=now, device=device)
 
         return self._store.consistently(read)
 
     def self_neighbors(
         self, k: int, *, output: str | Path | None = None, device: str = "cpu", progress: Progress | None = None
     ) -> Int[np.ndarray, "items k"]:
-        """For training: the rows of `embeddings` nearest to each of them, itself and its near-copies left out.
+        """The rows of `embeddings` nearest to each of them, itself and its near-copies left out.
 
         Args:
             output: a .npy file for the table, which then is mapped, not held; an interrupted call goes on there.

@@ -50,44 +50,139 @@ class AddReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """An image as the store takes it."""
+    """An image as the store takes it; and its tokens, if they are made too."""
 
     item: Item
     vector: np.ndarray
     thumbnail: np.ndarray
     preview: bytes | None
+    tokens: np.ndarray | None = None
 
 
-Outcome = Row | Skipped | None
-"""What became of an image; None: it is there already."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """An image that the index has already: the digest by which it knows it, and its tokens, if they are made."""
+
+    content: str
+    tokens: np.ndarray | None = None
+
+
+Outcome = Row | Known | Skipped | None
+"""What became of an image; None: nothing, since it is there already."""
+
+IsKnown = Callable[[SourceImage, str], str | None]
+"""(image, digest of its pixels) -> the digest by which an index has it already, None if it has not."""
+MakeTokens = Callable[[Sequence[Image.Image]], np.ndarray]
+"""A row of tokens for each picture."""
 
 
 def embed(
-    sources: Iterable[SourceImage], encoder: JointEncoder, previews: bool, is_known: Callable[[str], bool]
+    sources: Iterable[SourceImage],
+    encoder: JointEncoder,
+    previews: bool,
+    is_known: IsKnown,
+    tokenize: MakeTokens | None = None,
 ) -> Generator[Outcome, None, None]:
-    """What becomes of each image: decoded one by one, encoded a few at a time.
+    """What becomes of each image, in their order: decoded one by one, encoded and tokenized a few at a time.
 
     Args:
-        is_known: whether an image with this content digest is there already, so that it need not be encoded.
+        is_known: tells which images need not be encoded, only tokenized.
     """
-    images, waiting = list[Image.Image](), list[_Unplaced]()
+    batch = _Batch(encoder, previews, tokenize)
     for source in sources:
+        batch.add(source, is_known)
+        if batch.is_full:
+            yield from batch.finish()
+            batch = _Batch(encoder, previews, tokenize)
+    yield from batch.finish()
+
+
+def embed_groups(
+    groups: Iterable[Iterable[SourceImage]],
+    encoder: JointEncoder,
+    previews: bool,
+    is_known: IsKnown,
+    tokenize: MakeTokens | None = None,
+) -> Generator[Outcome, None, None]:
+    """As `embed`, group after group: an image that repeats one of another group gets tokens of its own."""
+    for group in groups:
+        yield from embed(group, encoder, previews, is_known, tokenize)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Held:
+    """A decoded image that is yet to be computed, and what is computed of it."""
+
+    image: Image.Image
+    item: Item
+    thumbnail: np.ndarray
+    preview: bytes | None
+    known: str | None
+    vector: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+
+    def outcome(self) -> Outcome:
+        if self.known is not None:
+            return Known(content=self.known, tokens=self.tokens)
+        assert self.vector is not None
+        if not (np.isfinite(self.vector).all() and self.vector.any()):
+            return Skipped(source=self.item.source, reason="the encoder gives no usable vector for it")
+        return Row(
+            item=self.item, vector=self.vector, thumbnail=self.thumbnail, preview=self.preview, tokens=self.tokens
+        )
+
+
+class _Batch:
+    """Images that are computed together, in their order with those of which there is nothing to compute."""
+
+    def __init__(self, encoder: JointEncoder, previews: bool, tokenize: MakeTokens | None) -> None:
+        self.encoder, self.previews, self.tokenize = encoder, previews, tokenize
+        self.entries: list[_Held | Outcome] = []
+
+    @property
+    def held(self) -> list[_Held]:
+        """Those that are yet to be computed."""
+        return [one for one in self.entries if isinstance(one, _Held)]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is enough to compute, or nothing that the others must wait for."""
+        images = [one.image for one in self.held]
+        pixels = sum(one.width * one.height for one in images)
+        return (
+            not images
+            or max(len(images) / ENCODE_IMAGES, pixels / ENCODE_PIXELS, len(self.entries) / COMMIT_IMAGES) >= 1
+        )
+
+    def add(self, source: SourceImage, is_known: IsKnown) -> None:
+        """Decode one image."""
         try:
             image = source.load()
-            found = _unplaced(source, image, previews)
+            item = Item(source=source.source, key=source.key, content=content_digest(image))
+            thumbnail = pictures.averages(image, 8).reshape(THUMBNAIL_VALUES)
+            preview = preview_of(image) if self.previews else None
         except Exception as error:  # whatever a decoder raises, the job goes on
-            yield Skipped(source=source.source, reason=str(error) or type(error).__name__)
-            continue
-        if is_known(found[0].content) or any(found[0].content == item.content for item, *_ in waiting):
-            yield None
-            continue
-        images.append(image)
-        waiting.append(found)
-        if len(images) >= ENCODE_IMAGES or sum(one.width * one.height for one in images) >= ENCODE_PIXELS:
-            yield from _placed(encoder, images, waiting)
-            images, waiting = [], []
-    if images:
-        yield from _placed(encoder, images, waiting)
+            self.entries.append(Skipped(source=source.source, reason=str(error) or type(error).__name__))
+            return
+        known = is_known(source, item.content)
+        repeated = any(one.item.content == item.content for one in self.held)
+        if repeated or (known is not None and self.tokenize is None):
+            self.entries.append(None)
+        else:
+            held = _Held(image=image, item=item, thumbnail=thumbnail, preview=preview, known=known)
+            self.entries.append(held)
+
+    def finish(self) -> Iterator[Outcome]:
+        """Compute, and tell what became of each image."""
+        held = self.held
+        new = [one for one in held if one.known is None]
+        for one, vector in zip(new, self.encoder.encode_images([one.image for one in new]) if new else (), strict=True):
+            one.vector = vector
+        if held and self.tokenize is not None:
+            for one, row in zip(held, self.tokenize([one.image for one in held]), strict=True):
+                one.tokens = row
+        for entry in self.entries:
+            yield entry.outcome() if isinstance(entry, _Held) else entry
 
 
 class Writer:
@@ -99,15 +194,16 @@ class Writer:
         self._store = store
         self._ready: dict[str, Row] = {}
 
-    def knows(self, content: str) -> bool:
-        """Whether the image with this content digest is in the store, or about to be."""
-        return content in self._ready or self._store.id_of_content(content) is not None
+    def known(self, source: SourceImage, content: str) -> str | None:
+        """The digest, if the image with it is in the store, or about to be."""
+        there = content in self._ready or self._store.id_of_content(content) is not None
+        return content if there else None
 
     def take(self, outcome: Outcome) -> None:
         """Note one image, and save when enough have come together."""
         if isinstance(outcome, Skipped):
             self.report.skipped.append(outcome)
-        elif outcome is None or outcome.item.content in self._ready:
+        elif not isinstance(outcome, Row) or outcome.item.content in self._ready:
             self.report.already_present += 1
         else:
             self._ready[outcome.item.content] = outcome
@@ -126,24 +222,6 @@ class Writer:
         self.report.already_present += int((~added).sum())
         ids = (self._store.id_of_content(row.item.content) for row, new in zip(ready, added, strict=True) if new)
         self.report.ids += [one for one in ids if one is not None]
-
-
-_Unplaced = tuple[Item, np.ndarray, bytes | None]
-
-
-def _unplaced(source: SourceImage, image: Image.Image, previews: bool) -> _Unplaced:
-    item = Item(source=source.source, key=source.key, content=content_digest(image))
-    thumbnail = pictures.averages(image, 8).reshape(THUMBNAIL_VALUES)
-    return item, thumbnail, preview_of(image) if previews else None
-
-
-def _placed(encoder: JointEncoder, images: list[Image.Image], waiting: list[_Unplaced]) -> Iterator[Row | Skipped]:
-    """The images with their embeddings."""
-    for (item, thumbnail, preview), vector in zip(waiting, encoder.encode_images(images), strict=True):
-        if np.isfinite(vector).all() and vector.any():
-            yield Row(item=item, vector=vector, thumbnail=thumbnail, preview=preview)
-        else:
-            yield Skipped(source=item.source, reason="the encoder gives no usable vector for it")
 
 
 def content_digest(image: Image.Image) -> str:

@@ -27,12 +27,13 @@ class SourceImage:
     """One image that was found but not yet read.
 
     source: where it lies, unique: a path, `shard.tar::member` or `table.parquet::row`; key: its name within what was
-    asked for; load: decodes it, or raises ImageError.
+    asked for; load: decodes it, or raises ImageError; file: the one it lies in, empty for a picture in memory.
     """
 
     source: str
     key: str
     load: Callable[[], Image.Image] = field(repr=False, compare=False)
+    file: str = ""
 
 
 def find_images(paths: Sequence[str | Path]) -> list[SourceImage]:
@@ -98,11 +99,11 @@ def _images_of_file(file: Path, key: str) -> Iterator[SourceImage]:
     elif file.suffix.lower() in NOT_READ:
         yield _failing(str(file), f"{one_line(file)} is of a format that is not read: save it as PNG or JPEG")
     else:
-        yield SourceImage(str(file), key, functools.partial(open_image, file))
+        yield SourceImage(str(file), key, functools.partial(open_image, file), str(file))
 
 
 def _failing(source: str, reason: str) -> SourceImage:
-    return SourceImage(source, Path(source).name, functools.partial(_refuse, reason))
+    return SourceImage(source, Path(source).name, functools.partial(_refuse, reason), source)
 
 
 def _refuse(reason: str) -> Image.Image:
@@ -116,7 +117,7 @@ def _images_of_shard(shard: Path) -> Iterator[SourceImage]:
             for member in archive:
                 if member.isreg() and not member.issparse() and Path(member.name).suffix.lower() in SUFFIXES:
                     load = functools.partial(_load_member, shard, member.name, member.offset_data, member.size)
-                    yield SourceImage(f"{shard}::{member.name}", member.name, load)
+                    yield SourceImage(f"{shard}::{member.name}", member.name, load, str(shard))
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         reason = (
             f"expected an uncompressed tar shard, {one_line(shard)} is damaged ({one_line(error)}): get an intact copy"
@@ -163,7 +164,7 @@ def _images_of_table(table: Path) -> Iterator[SourceImage]:
     for group, count in enumerate(groups):
         for row in range(count):
             load = functools.partial(_load_row, table, column, group, row, number)
-            yield SourceImage(f"{table}::{number}", str(number), load)
+            yield SourceImage(f"{table}::{number}", str(number), load, str(table))
             number += 1
 
 

@@ -144,6 +144,11 @@ class Store:
             except CompactedError:
                 continue
 
+    def require_generation(self, snapshot: Snapshot) -> None:
+        """Raise CompactedError when the rows of a snapshot are those of other images by now."""
+        if self.snapshot().generation != snapshot.generation:
+            raise CompactedError(f"{self.name} was compacted meanwhile: take a new snapshot and ask again")
+
     def setting(self, name: str) -> str | None:
         """A text kept with the store, None when it was never set."""
         found = self.live.query("SELECT value FROM settings WHERE name = ?", (name,))
@@ -166,12 +171,21 @@ class Store:
         Raises: CompactedError when an id may be that of an image of an older snapshot that was purged meanwhile.
         """
         now, wanted = snapshot or self.snapshot(), [text(one) for one in ids]
-        found = self._rows_by_id(wanted, now, "deleted_at IS NULL")
+        found = self._rows_by("id", wanted, now)
         if snapshot is not None and (missing := [one for one in wanted if one not in found]):
-            found |= self._rows_by_id(missing, now, "deleted_at IS NOT NULL")
+            found |= self._rows_by("id", missing, now, "deleted_at IS NOT NULL")
             if len(found.keys() & set(wanted)) < len(set(wanted)):
-                self._require_generation(now)
+                self.require_generation(now)
         return np.array([found.get(one, -1) for one in wanted], np.int64)
+
+    def rows_of_contents(self, contents: Sequence[bytes], snapshot: Snapshot) -> Int[np.ndarray, "contents"]:
+        """The row of each image with one of these content digests that is not removed, -1 where there is none.
+
+        Raises: CompactedError when the snapshot is too old.
+        """
+        found = self._rows_by("content", contents, snapshot)
+        self.require_generation(snapshot)
+        return np.array([found.get(one, -1) for one in contents], np.int64)
 
     def rows_from(self, sources: Sequence[str], snapshot: Snapshot) -> Int[np.ndarray, "rows"]:
         """The rows of images that came from one of these sources and are not removed, in their order.
@@ -185,7 +199,7 @@ class Store:
         for start in range(0, len(sources), SOURCES_AT_ONCE):
             wanted = [text(one) for one in sources[start : start + SOURCES_AT_ONCE]]
             records += [record for (record,) in self.live.query(sql, (json.dumps(wanted),))]
-        self._require_generation(snapshot)
+        self.require_generation(snapshot)
         rows = np.unique(snapshot.records.rows_of(np.array(records, np.int64)))
         rows = rows[(rows >= 0) & (rows < snapshot.num_rows)]
         return rows[snapshot.alive[rows]]
@@ -210,7 +224,7 @@ class Store:
             for record, *facts, crc in self.live.query(sql, piece):
                 found[record] = _verified(self.name, record, tuple(facts), crc)
         if missing := [record for record in records if record not in found]:
-            self._require_generation(now)
+            self.require_generation(now)
             raise StoreError(f"{self.name}: row {missing[0]} is not in the database: {CURE}")
         return [found[record] for record in records]
 
@@ -222,7 +236,7 @@ class Store:
         records = now.records.of_rows(rows).tolist()
         found = read_metadata(self.live, records)
         if len(found) < len(records):
-            self._require_generation(now)
+            self.require_generation(now)
         return [found.get(record, {}) for record in records]
 
     def id_of_content(self, content: str) -> str | None:
@@ -271,7 +285,7 @@ class Store:
         with self.live.reading:
             found = rows_where(self.live.reader, where, self.live.metadata_names)
             rows = snapshot.records.rows_of(found)
-        self._require_generation(snapshot)
+        self.require_generation(snapshot)
         mask = np.zeros(snapshot.num_rows, bool)
         mask[rows[(rows >= 0) & (rows < snapshot.num_rows)]] = True
         return mask & snapshot.alive
@@ -396,20 +410,18 @@ class Store:
 
     # Inside
 
-    def _rows_by_id(self, ids: Sequence[str], snapshot: Snapshot, condition: str) -> dict[str, int]:
-        """Rows that the snapshot holds as not removed."""
-        found: dict[str, int] = {}
-        for piece in pieces(list(ids)):
-            sql = f"SELECT id, row FROM items WHERE {condition} AND id IN ({','.join('?' * len(piece))})"
-            for id_, record in self.live.query(sql, piece):
+    def _rows_by(
+        self, column: str, values: Sequence[Any], snapshot: Snapshot, condition: str = "deleted_at IS NULL"
+    ) -> dict[Any, int]:
+        """Rows that the snapshot holds as not removed, by what stands in this column."""
+        found: dict[Any, int] = {}
+        for piece in pieces(list(values)):
+            sql = f"SELECT {column}, row FROM items WHERE {condition} AND {column} IN ({','.join('?' * len(piece))})"
+            for value, record in self.live.query(sql, piece):
                 row = int(snapshot.records.rows_of(np.array([record]))[0])
                 if 0 <= row < snapshot.num_rows and snapshot.alive[row]:
-                    found[id_] = row
+                    found[value] = row
         return found
-
-    def _require_generation(self, snapshot: Snapshot) -> None:
-        if self.snapshot().generation != snapshot.generation:
-            raise CompactedError(f"{self.name} was compacted meanwhile: take a new snapshot and ask again")
 
 
 def _verified(name: str, record: int, facts: Any, crc: int | None) -> Facts:

@@ -84,7 +84,7 @@ class StoredArray:
         if self.path is None or self._content is not None:
             return True
         with suppress(OSError, RuntimeError):  # beyond what the system maps, it is tried again when it is read
-            self._content = _map(self.path)
+            self._content = map_bytes(self.path)
         return self._content is not None or self.path.exists()
 
     def write(self, path: Path) -> None:
@@ -131,7 +131,7 @@ class StoredArray:
         """Map the file, if it was not so far, and see the array in it."""
         assert self.path is not None
         try:
-            content = self._content if self._content is not None else _map(self.path)
+            content = self._content if self._content is not None else map_bytes(self.path)
         except (OSError, RuntimeError) as error:
             raise StoreError(f"{self.path} cannot be read ({' '.join(str(error).split())}): {CURE}") from None
         head, size = _npy_head(self.shape, self.dtype), np.dtype(self.dtype).itemsize * self.shape[0] * self.shape[1]
@@ -152,7 +152,7 @@ def _num_blocks(rows: int) -> int:
     return -(-rows // BLOCK_ROWS)
 
 
-def _map(path: Path) -> UInt8[np.ndarray, "bytes"]:
+def map_bytes(path: Path) -> UInt8[np.ndarray, "bytes"]:
     """The bytes of a file without reading them, and without a file kept open: an index may have very many."""
     size = path.stat().st_size
     content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()

@@ -15,8 +15,8 @@ from knn_diffusion import images
 from knn_diffusion.errors import ImageError, UsageError
 from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.progress import Progress
+from knn_diffusion.tokens import Tokenize
 from knn_diffusion.training.data import Notice
-from knn_diffusion.training.neighbors import encode_tokens
 
 AT_ONCE = 64
 """Images decoded before they are encoded together."""
@@ -48,19 +48,17 @@ def count_codes(
 
     Raises: UsageError when no image could be read.
     """
-    found, size = images.find_images(sources), tokenizer.config.image_size
+    found, tokenize = images.find_images(sources), Tokenize(tokenizer)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     reasons: list[str] = []
     for start in range(0, len(found), AT_ONCE):
-        arrays = []
+        pictures = []
         for image in found[start : start + AT_ONCE]:
             try:
-                arrays.append(images.to_array(images.square(image.load(), size)))
+                pictures.append(images.square(image.load(), tokenize.size))
             except ImageError as error:
                 reasons.append(str(error))
-        if arrays:
-            tokens = encode_tokens(np.stack(arrays), tokenizer)
-            counts += np.bincount(tokens.reshape(-1), minlength=len(counts))
+        counts += np.bincount(tokenize(pictures).reshape(-1), minlength=len(counts))
         if report is not None:
             report("counting codes", min(start + AT_ONCE, len(found)), len(found))
     if len(reasons) == len(found):

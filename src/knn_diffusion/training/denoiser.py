@@ -35,13 +35,14 @@ from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.shapes import Condition
-from knn_diffusion.training.data import Batch, keep_pictures, load_pixels
+from knn_diffusion.training.data import Batch, keep_pictures
 from knn_diffusion.training.loop import TrainingResult, check_output, train
 from knn_diffusion.training.neighbors import DenoiserData, prepare
 from knn_diffusion.training.objective import Phase, Validation
 from knn_diffusion.training.options import RunOptions
 from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.processes import joined
+from knn_diffusion.training.tokens import examples_of
 
 PREVIEWS = 8
 
@@ -273,14 +274,16 @@ def train_denoiser(
     options: RunOptions,
     *,
     tokenizer: Path | None = None,
+    tokens: Path | None = None,
     init: str | Path | None = None,
 ) -> TrainingResult:
     """Algorithm 1 over a folder of images and an index: leaves a whole model in `output/model`.
 
-    Under torchrun all processes call this: the first prepares the data while the others wait, then all train.
+    Under torchrun all processes call this: they share the tokenizing, the first looks up the neighbors, then all train.
 
     Args:
-        sources: image folders, files or shards; usually the ones the index was built from.
+        sources: image folders, files or shards; usually the ones the index was built from. None: all that `tokens` holds.
+        tokens: folder of tokens and embeddings, as `ImageIndex.add` makes it; what it lacks is added. None: one in `output`.
         tokenizer: folder of a trained tokenizer; not needed with `init`.
         init: bundled name or folder of a model to go on from: its tokenizer is used, its denoiser's weights start the run.
 
@@ -291,15 +294,17 @@ def train_denoiser(
     output, cache = options.output, options.output / "cache"
     with joined(options.device) as processes:
         told = options if processes.first else options.silent()
-        with processes.first_goes_first():
-            check_output(output, options.resume)
+        with processes.together():
+            if processes.first:
+                check_output(output, options.resume)
             tokenizer_folder = _tokenizer_folder(tokenizer, init)
             parts, _ = load_tokenizer(tokenizer_folder)
             check_tokenizer(run.denoiser, parts)
             parts.to(processes.device)
-            pixels = load_pixels(sources, parts.config.image_size, cache, told.report, told.notice)
-            keep_pictures(output, pixels.digest, len(pixels.ids))
-            data = prepare(pixels, index, parts, run.conditioning.k, cache, told.report)
+        examples = examples_of(sources, index, parts, tokens, processes, told)
+        with processes.first_goes_first():
+            keep_pictures(output, examples.contents_digest, len(examples))
+            data = prepare(examples, index, run.conditioning.k, cache, told.report)
             training, validation = data.split(validation_count(len(data)))
             objective = DenoiserObjective(run, validation, parts, index.encoder.fingerprint)
             if processes.first:

@@ -1,0 +1,424 @@
+"""Tokens of images in shards: made once, resumed shard by shard, the same however they are made, and never stale."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_distributed import HERE, ray  # noqa: F401
+from tiny_world import DIM, GRID, build_model, tiny_encoder
+
+from knn_diffusion import ImageIndex
+from knn_diffusion.cli import main
+from knn_diffusion.errors import FingerprintError, KnnDiffusionError, StoreError, UsageError
+from knn_diffusion.image_index import TokenOutput, content_digest
+from knn_diffusion.images import find_images, pixels_from_uint8, square, to_array
+from knn_diffusion.models.encoders import SmallJointEncoder
+from knn_diffusion.models.tokenizers import load_tokenizer
+from knn_diffusion.retrieval.dedup import OFF
+from knn_diffusion.tokens import Examples, Made, Makers, TokenFolder, Tokenize, makers_of, units, units_of
+
+MAKERS = Makers(tokenizer="t" * 64, seq=4, vocab_size=9, encoder="e" * 64, dim=3)
+
+
+def picture(seed: int, size: int = 24) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 255, (3, 3, 3), dtype=np.uint8))
+    return small.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as shard:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    return path
+
+
+def encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shard_of(path: Path, numbers: Sequence[int]) -> Path:
+    return write_shard(path, {f"{number:09}.png": encoded(picture(number)) for number in numbers})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("model")) / "tokenizer"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two shards, one with a member that is no picture, and four files, one of them broken."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in (40, 41, 42):
+        picture(number).save(folder / f"{number}.png")
+    (folder / "43.png").write_bytes(b"no picture")
+    shard_of(folder / "a.tar", range(10))
+    write_shard(folder / "b.tar", {"cut.png": b"PNG", **{f"{n}.png": encoded(picture(n)) for n in range(9, 20)}})
+    return folder
+
+
+def by_content(examples: Examples) -> dict[bytes, tuple[bytes, bytes]]:
+    records = examples[np.arange(len(examples))]
+    contents = (one.tobytes() for one in examples.contents)
+    return {
+        content: (one["tokens"].tobytes(), one["embedding"].tobytes())
+        for content, one in zip(contents, records, strict=True)
+    }
+
+
+def made(count: int = 5, seed: int = 0) -> Made:
+    rng = np.random.default_rng(seed)
+    return Made(
+        contents=rng.integers(0, 256, (count, 32), dtype=np.uint8),
+        embeddings=rng.normal(size=(count, 3)).astype(np.float16),
+        tokens=rng.integers(0, 9, (count, 4)).astype(np.uint16),
+        skipped=[{"source": "x.png", "reason": "broken"}],
+    )
+
+
+# Units
+
+
+def test_a_shard_is_a_unit_and_keeps_its_name_whatever_comes_beside_it(photos: Path) -> None:
+    def names() -> dict[str, str]:
+        return {Path(one.images[0].file).name: one.name for one in units_of(find_images([photos]))}
+
+    before = names()
+    assert list(before) == ["40.png", "a.tar", "b.tar"]
+    shard_of(photos / "aa.tar", range(20, 25))
+    picture(50).save(photos / "44.png")
+    after = names()
+    assert [name for name in before if before[name] != after[name]] == ["40.png"]
+    os.utime(photos / "a.tar", ns=(1, 1))
+    assert [name for name in after if after[name] != names()[name]] == ["a.tar"]
+
+
+def test_large_shards_and_folders_are_cut(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_IMAGES", 4)
+    cut = units_of(find_images([photos]))
+    assert [len(one.images) for one in cut] == [4, 4, 4, 2, 4, 4, 4]
+    assert len({one.name for one in cut}) == len(cut)
+    assert [image for one in cut for image in one.images] == find_images([photos])
+
+
+def test_the_same_files_have_the_same_units_from_any_folder(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos)
+    here, there = units_of(find_images(["a.tar"])), units_of(find_images([photos / "a.tar"]))
+    assert [one.name for one in here] == [one.name for one in there]
+
+
+def test_pictures_without_a_file_are_no_unit(tmp_path: Path, tokenizer: Path) -> None:
+    with (
+        ImageIndex.build([picture(1)], None, tiny_encoder()) as index,
+        pytest.raises(UsageError, match="expected files to tokenize, got picture 0: save the pictures"),
+    ):
+        index.add([picture(2)], tokens=TokenOutput(tokenizer, tmp_path / "tokens"))
+
+
+# Parts
+
+
+def test_parts_come_back_as_one_array_and_numpy_reads_them(tmp_path: Path) -> None:
+    folder, parts = TokenFolder(tmp_path / "tokens", MAKERS), [made(5), made(0), made(3, seed=1)]
+    for name, part in zip("cab", parts, strict=True):
+        assert name not in folder
+        folder.write(name, part)
+        assert name in folder
+    found = folder.examples("cab")
+    assert len(found) == 8
+    np.testing.assert_array_equal(found.contents, np.concatenate([one.contents for one in parts]))
+    rows = np.array([7, 0, 4, 4, 5])
+    np.testing.assert_array_equal(found[rows]["tokens"], np.concatenate([one.tokens for one in parts])[rows])
+    np.testing.assert_array_equal(found[rows]["embedding"], np.concatenate([one.embeddings for one in parts])[rows])
+    assert found[rows[:0]].shape == (0,)
+    assert [dict(one) for one in found.skipped] == [{"source": "x.png", "reason": "broken"}] * 3
+    plain = np.load(tmp_path / "tokens" / "parts" / "c.examples.npy", mmap_mode="r")
+    np.testing.assert_array_equal(plain["tokens"], parts[0].tokens)
+    assert len(folder.examples()) == 8
+    again = TokenFolder(tmp_path / "tokens", MAKERS)
+    assert again.examples("cab").digest == found.digest != folder.examples("c").digest
+
+
+@pytest.mark.parametrize("name", ["c.examples.npy", "c.contents.npy", "c.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
+def test_a_damaged_part_is_told_and_made_again_when_its_json_is_deleted(tmp_path: Path, name: str, harm: str) -> None:
+    folder = TokenFolder(tmp_path, MAKERS)
+    folder.write("c", made())
+    path = tmp_path / "parts" / name
+    content = path.read_bytes()
+    if harm == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-7] if harm == "cut" else content[:-7] + b"#######")
+    with pytest.raises(StoreError, match=f"{name.replace('.', '[.]')} .*: delete the part .its .json is enough"):
+        _ = [(found := folder.examples("c")).contents, found[np.arange(5)]]
+    (tmp_path / "parts" / "c.json").unlink(missing_ok=True)
+    assert "c" not in folder
+    folder.write("c", made())
+    np.testing.assert_array_equal(folder.examples("c")[np.arange(5)]["tokens"], made().tokens)
+
+
+def test_a_full_disk_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = TokenFolder(tmp_path, MAKERS)
+    real = Path.write_bytes
+
+    def full(self: Path, content: bytes) -> int:
+        if len(content) > 150:
+            raise OSError(28, "No space left on device")
+        return real(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(KnnDiffusionError, match="could not be written .the disk is full."):
+        folder.write("c", made())
+    assert "c" not in folder
+    assert len(folder.examples()) == 0
+
+
+@pytest.mark.parametrize("changed", [{"tokenizer": "u" * 64}, {"encoder": "f" * 64}, {"format_version": 2}])
+def test_a_folder_is_of_one_tokenizer_and_one_encoder(tmp_path: Path, changed: dict[str, Any]) -> None:
+    TokenFolder(tmp_path, MAKERS)
+    before = (tmp_path / "tokens.json").read_bytes()
+    values = {name: getattr(MAKERS, name) for name in ("tokenizer", "seq", "vocab_size", "encoder", "dim")}
+    with pytest.raises(FingerprintError, match="was made with the .*: choose another folder, or go on with that"):
+        TokenFolder(tmp_path, Makers(**(values | changed)))
+    assert (tmp_path / "tokens.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="expected a folder of tokens or a new one, .* is neither"):
+        TokenFolder(tmp_path, MAKERS)
+    (tmp_path / "tokens.json").write_text("{}")
+    with pytest.raises(UsageError, match="expected a folder of tokens in .*, got .*tokenizer"):
+        TokenFolder(tmp_path, MAKERS)
+
+
+# Tokens
+
+
+def test_tokens_are_those_of_the_tokenizer_whatever_comes_beside_them(tokenizer: Path) -> None:
+    network, _ = load_tokenizer(tokenizer)
+    tokenize, images = Tokenize(network), [picture(n, 20 + n) for n in range(70)]
+    assert tokenize.batch == 64
+    alone = np.concatenate([tokenize([one]) for one in images])
+    np.testing.assert_array_equal(tokenize(images), alone)
+    pixels = pixels_from_uint8(np.stack([to_array(square(one, tokenize.size)) for one in images[:5]]))
+    np.testing.assert_array_equal(alone[:5], network.encode(pixels).numpy())
+    assert alone.dtype == np.uint16
+    assert tokenize([]).shape == (0, GRID**2)
+
+
+# Beside an index
+
+
+def test_an_index_made_with_tokens_is_the_one_without(photos: Path, tmp_path: Path, tokenizer: Path) -> None:
+    plain = ImageIndex.build([photos], tmp_path / "plain", tiny_encoder(), rule=OFF)
+    output = TokenOutput(tokenizer, tmp_path / "tokens")
+    both = ImageIndex.build([photos], tmp_path / "both", tiny_encoder(), rule=OFF, tokens=output)
+    assert both.report == plain.report
+    assert both.ids == plain.ids
+    np.testing.assert_array_equal(both.embeddings, plain.embeddings)
+    network, _ = load_tokenizer(tokenizer)
+    examples = folder_of(tmp_path / "tokens", network).examples()
+    assert len(examples.skipped) == 2
+    places = both.places_of(examples.contents)
+    assert set(places.tolist()) == set(range(len(both))) == set(range(23))
+    records = examples[np.arange(len(examples))]
+    np.testing.assert_array_equal(records["embedding"], both.embeddings[places])
+    expected = {content_digest(picture(n)): Tokenize(network)([picture(n)])[0] for n in [*range(20), 40, 41, 42]}
+    for content, tokens in zip(examples.contents, records["tokens"], strict=True):
+        np.testing.assert_array_equal(tokens, expected[content.tobytes().hex()])
+
+
+def folder_of(path: Path, network: Any) -> TokenFolder:
+    return TokenFolder(path, makers_of(network, encoder=tiny_encoder().fingerprint, dim=DIM))
+
+
+def test_what_is_tokenized_is_passed_over_shard_by_shard(
+    photos: Path, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, seen = TokenOutput(tokenizer, tmp_path / "tokens"), list[int]()
+    real = Tokenize.__call__
+    monkeypatch.setattr(Tokenize, "__call__", lambda self, images: seen.append(len(images)) or real(self, images))
+    interrupt: list[int] = []
+
+    def stop(what: str, done: int, total: int) -> None:
+        interrupt.append(done)
+        if done == 18:  # four files, a.tar, and four of b.tar
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ImageIndex.build([photos], tmp_path / "index", tiny_encoder(), tokens=output, progress=stop)
+    assert len(list((tmp_path / "tokens" / "parts").glob("*.json"))) == 2
+    seen.clear()
+    index = ImageIndex.build([photos], tmp_path / "index", tiny_encoder(), tokens=output)
+    assert sum(seen) == 11
+    assert index.report is not None
+    assert (len(index), index.report.already_present + index.report.added) == (23, 24)
+    assert len(index.report.skipped) == 2
+    seen.clear()
+    again = index.add([photos], tokens=output)
+    assert (again.added, again.already_present, len(again.skipped), seen) == (0, 24, 2, [])
+    index.remove(index.ids[4:5])
+    assert index.add([photos], tokens=output).added == 1
+    assert sum(seen) == 10
+
+
+def test_images_of_an_index_get_tokens_without_being_encoded_again(
+    photos: Path, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ImageIndex.build([photos], tmp_path / "index", tiny_encoder(), rule=OFF) as index:
+
+        def never(self: SmallJointEncoder, images: Sequence[Image.Image]) -> np.ndarray:
+            raise AssertionError("an image is encoded again")
+
+        monkeypatch.setattr(SmallJointEncoder, "encode_images", never)
+        report = index.add([photos], tokens=TokenOutput(tokenizer, tmp_path / "tokens"))
+        assert (report.added, report.already_present) == (0, 24)
+        examples = folder_of(tmp_path / "tokens", load_tokenizer(tokenizer)[0]).examples()
+        places = index.places_of(examples.contents)
+        assert set(places.tolist()) == set(range(23))
+        np.testing.assert_array_equal(examples[np.arange(24)]["embedding"], index.embeddings[places])
+
+
+def test_a_new_index_is_filled_though_the_tokens_are_there(photos: Path, tmp_path: Path, tokenizer: Path) -> None:
+    output = TokenOutput(tokenizer, tmp_path / "tokens")
+    ImageIndex.build([photos], tmp_path / "one", tiny_encoder(), tokens=output)
+    assert len(ImageIndex.build([photos], tmp_path / "two", tiny_encoder(), tokens=output)) == 23
+
+
+def test_tokens_made_on_ray_are_those_of_one_process(
+    ray: Any,  # noqa: F811
+    photos: Path,
+    tmp_path: Path,
+    tokenizer: Path,
+) -> None:
+    found = {}
+    for name, spread in (("plain", None), ("spread", HERE)):
+        output = TokenOutput(tokenizer, tmp_path / f"{name} tokens")
+        index = ImageIndex.build([photos], tmp_path / name, tiny_encoder(), ray=spread, tokens=output)
+        assert index.report is not None
+        examples = folder_of(tmp_path / f"{name} tokens", load_tokenizer(tokenizer)[0]).examples()
+        found[name] = index.ids, by_content(examples), examples.skipped, (index.report.added, len(index.report.skipped))
+    assert found["plain"] == found["spread"]
+
+
+def test_a_shard_has_tokens_of_its_own_for_what_lies_in_others_too(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [shard_of(tmp_path / name, range(3)) for name in ("a.tar", "b.tar")]
+    output = TokenOutput(tokenizer, tmp_path / "tokens")
+    with ImageIndex.build(shards, None, tiny_encoder(), rule=OFF, tokens=output) as index:
+        assert len(index) == 3
+    folder = folder_of(tmp_path / "tokens", load_tokenizer(tokenizer)[0])
+    parts = [folder.examples([one.name]) for one in units_of(find_images(shards))]
+    assert by_content(parts[0]) == by_content(parts[1])
+    assert len(by_content(parts[0])) == 3
+
+
+# Embeddings that came without pictures
+
+
+def imported_index(tmp_path: Path, change: Callable[[np.ndarray], np.ndarray]) -> ImageIndex:
+    """As clip-retrieval leaves the embeddings of ten pictures, by the keys of their shard."""
+    from pyarrow import parquet, table
+
+    folder = tmp_path / "clip"
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True)
+    rows = tiny_encoder().encode_images([picture(number) for number in range(10)])
+    np.save(folder / "img_emb" / "img_emb_0.npy", change(rows).astype(np.float16))
+    keys = [f"{number:09}" for number in range(10)]
+    parquet.write_table(
+        table({"image_path": keys, "caption": ["a cat"] * 10}), folder / "metadata" / "metadata_0.parquet"
+    )
+    return ImageIndex.import_embeddings(folder, tmp_path / "index", tiny_encoder())
+
+
+def tokenized(index: ImageIndex, shard: Path, tokenizer: Path, place: Path) -> Examples:
+    network, _ = load_tokenizer(tokenizer)
+    folder = folder_of(place, network)
+    index.tokenize(units_of(find_images([shard])), folder, Tokenize(network))
+    return folder.examples()
+
+
+def test_shards_find_their_imported_embeddings_by_key(tmp_path: Path, tokenizer: Path) -> None:
+    pytest.importorskip("pyarrow")
+    with imported_index(tmp_path, lambda rows: rows + 0.001) as index:
+        shard = shard_of(tmp_path / "0.tar", [*range(10), 30])
+        found = tokenized(index, shard, tokenizer, tmp_path / "tokens")
+        places = index.places_of(found.contents)
+        assert places.tolist() == [*range(10), -1]
+        np.testing.assert_array_equal(found[np.arange(10)]["embedding"], index.embeddings)
+        own = tiny_encoder().encode_images([picture(30)])
+        np.testing.assert_allclose(found[np.array([10])]["embedding"], own, atol=1e-3)
+
+
+def test_keys_that_name_other_pictures_are_not_believed(tmp_path: Path, tokenizer: Path) -> None:
+    pytest.importorskip("pyarrow")
+    with imported_index(tmp_path, lambda rows: -rows) as index:
+        found = tokenized(index, shard_of(tmp_path / "0.tar", range(10)), tokenizer, tmp_path / "tokens")
+        assert index.places_of(found.contents).tolist() == [-1] * 10
+        own = tiny_encoder().encode_images([picture(number) for number in range(10)])
+        np.testing.assert_allclose(found[np.arange(10)]["embedding"], own, atol=1e-3)
+
+
+def test_a_key_of_several_embeddings_tells_nothing(tmp_path: Path, tokenizer: Path) -> None:
+    pytest.importorskip("pyarrow")
+    with imported_index(tmp_path, lambda rows: rows) as index:
+        twin = write_shard(tmp_path / "0.tar", {"a/000000001.png": encoded(picture(1)), "2.png": encoded(picture(2))})
+        found = tokenized(index, twin, tokenizer, tmp_path / "tokens")
+        assert index.places_of(found.contents).tolist() == [1, -1]
+
+
+# The command line
+
+
+def test_the_commands_of_the_documentation_make_tokens_and_train_on_them(
+    photos: Path, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> dict[str, Any]:
+        assert main([*words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    index, tokens = str(tmp_path / "index"), str(tmp_path / "tokens")
+    encoder = str(tokenizer.parent / "encoder")
+    beside = ["--tokenizer", str(tokenizer), "--tokens", tokens]
+    built = run("index", "build", str(photos / "a.tar"), "--output", index, "--encoder", encoder, *beside)
+    assert built["added"] == 10
+    assert run("index", "add", index, str(photos / "b.tar"), *beside)["added"] == 10
+    denoiser = json.loads((tokenizer.parent / "denoiser" / "config.json").read_text())
+    run_file = tmp_path / "run.json"
+    training = {"batch_size": 4, "num_steps": 2, "learning_rate": 1e-3, "warmup_steps": 0}
+    values = {"denoiser": denoiser["config"], "schedule": denoiser["extra"]["schedule"], "training": training}
+    run_file.write_text(json.dumps(values | {"conditioning": {"k": 2}}))
+    options = ["--config", str(run_file), "--index", index, "--tokenizer", str(tokenizer), "--device", "cpu"]
+    made = run("train", "denoiser", *options, "--tokens", tokens, "--output", str(tmp_path / "run"))
+    assert (made["step"], made["finished"]) == (2, True)
+    assert json.loads((tmp_path / "run" / "pictures.json").read_text())["count"] == 21
+    before = sorted((tmp_path / "tokens" / "parts").iterdir())
+    other = ["--tokens", tokens, "--images", str(photos / "b.tar"), "--output", str(tmp_path / "other")]
+    run("train", "denoiser", *options, *other)
+    assert json.loads((tmp_path / "other" / "pictures.json").read_text())["count"] == 11
+    assert sorted((tmp_path / "tokens" / "parts").iterdir()) == before
+
+
+def test_tokens_without_a_tokenizer_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["index", "build", str(tmp_path), "--output", str(tmp_path / "index"), "--tokens", str(tmp_path / "tokens")]
+    assert main(words) == 2
+    assert "expected --tokens and --tokenizer together, got one of them" in capsys.readouterr().err

@@ -6,8 +6,8 @@
 Whole steps of the training loop are measured on random data that lies in memory as a run's cache lies in the page cache: the batch
 is gathered, noised, predicted, differentiated and learned from, and the average follows. Validation and checkpoints are left out. The
 share of the machine's rate is what matrix products and attention compute in a step, forwards and backwards, what is computed again
-included, by the time of the median step, against the best square matrix product in the same arithmetic. Waiting is the time in
-which the loop gathers its batch, since it does nothing else meanwhile.
+included, by the time of the median step, against the best square matrix product in the same arithmetic. A thread gathers
+the next batch meanwhile; waiting is the time in which the loop needs it and does not have it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from speed.machine import commit, hardware, matmul_rate, operations, peak_bytes, synchronize
 from speed.ours import SIZES
-from torch import Tensor
 
 from knn_diffusion.cli.configuration import merged, parse_changes
 from knn_diffusion.config import from_dict
@@ -33,33 +32,15 @@ from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.models.denoiser import DenoiserConfig
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
 from knn_diffusion.tokens import Makers
-from knn_diffusion.training.data import Batch
+from knn_diffusion.training.ahead import Ahead
 from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjective, DenoiserRun
 from knn_diffusion.training.neighbors import DenoiserData
 from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.processes import Processes, joined
-from knn_diffusion.training.step import begin, take_step, warm_up
+from knn_diffusion.training.step import begin, own_rows, take_step, warm_up
 
 PAPER_IMAGES = 70_000_000
 """What the paper trained on."""
-
-
-@dataclass
-class Timed:
-    """A dataset that keeps count of the seconds it is waited for."""
-
-    inner: DenoiserData
-    seconds: float = 0.0
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        """The batch of the inner one."""
-        begun = time.perf_counter()
-        found = self.inner.batch(indices, generator)
-        self.seconds += time.perf_counter() - begun
-        return found
 
 
 def random_data(config: DenoiserConfig, items: int, neighbors: int) -> DenoiserData:
@@ -89,20 +70,21 @@ def measured(
     run = DenoiserRun(
         denoiser=config, schedule=schedule, training=training, conditioning=conditioning, step_sampling="importance"
     )
-    data = Timed(random_data(config, items, conditioning.k))
+    data = random_data(config, items, conditioning.k)
     idle = VQGAN(TokenizerConfig(image_size=16, grid=4, vocab_size=8, code_dim=4, channels=8, decoder_blocks=1))
-    going = begin(DenoiserObjective(run, data.inner, idle, "random"), training, Path("nowhere"), processes)
+    going = begin(DenoiserObjective(run, data, idle, "random"), training, Path("nowhere"), processes)
     warm_up(going, data)
-    work = operations(lambda: take_step(going, data))
-    take_step(going, data)
-    seconds: list[float] = []
-    data.seconds = 0.0
-    for _ in range(steps):
-        synchronize(processes.device)
-        begun = time.perf_counter()
-        take_step(going, data)
-        synchronize(processes.device)
-        seconds.append(time.perf_counter() - begun)
+    with Ahead(partial(own_rows, going, data), training.num_steps) as ahead:
+        work = operations(lambda: take_step(going, ahead.take(going.step + 1)))
+        take_step(going, ahead.take(going.step + 1))
+        seconds: list[float] = []
+        ahead.waited = 0.0
+        for _ in range(steps):
+            synchronize(processes.device)
+            begun = time.perf_counter()
+            take_step(going, ahead.take(going.step + 1))
+            synchronize(processes.device)
+            seconds.append(time.perf_counter() - begun)
     rate = matmul_rate(processes.device, choose_dtype(processes.device, training.precision))
     step = statistics.median(seconds)
     return {
@@ -111,7 +93,7 @@ def measured(
         "images_per_second": round(training.batch_size / step, 2),
         "operations_per_image": work * processes.size // training.batch_size,
         "share_of_matmul_rate": round(work / step / rate, 3),
-        "share_waiting_for_data": round(data.seconds / sum(seconds), 4),
+        "share_waiting_for_data": round(ahead.waited / sum(seconds), 4),
         "peak_mib": round(peak_bytes(processes.device) / 2**20),
         "days_for_70_million_images": round(PAPER_IMAGES * step / training.batch_size / 86_400, 2),
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +19,7 @@ from knn_diffusion.checkpoint import save_part
 from knn_diffusion.config import config
 from knn_diffusion.errors import CheckpointError, ConfigError, TrainingError, UsageError
 from knn_diffusion.training import loop
+from knn_diffusion.training.ahead import Ahead
 from knn_diffusion.training.loop import TrainingResult
 from knn_diffusion.training.objective import Phase, Validation
 from knn_diffusion.training.options import RunOptions, StepProgress
@@ -277,3 +280,46 @@ def test_the_toy_is_learned(tmp_path: Path) -> None:
 def test_impossible_settings_name_field_value_and_rule(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field} must be .*, got {value}"):
         settings(**{field: value})
+
+
+def test_the_next_batch_is_gathered_while_this_one_is_learned_from() -> None:
+    begun, asked = [threading.Event() for _ in range(4)], list[int]()
+
+    def gather(step: int) -> dict[str, Tensor]:
+        asked.append(step)
+        begun[step].set()
+        return {"step": torch.tensor(step)}
+
+    with Ahead(gather, last=3) as ahead:
+        assert int(ahead.take(1)["step"]) == 1
+        assert begun[2].wait(10)  # without being taken
+        assert not begun[3].is_set()
+        assert [int(ahead.take(step)["step"]) for step in (2, 3)] == [2, 3]
+    assert asked == [1, 2, 3]
+
+
+def test_another_step_than_the_next_is_gathered_anew_and_an_error_reaches_who_takes_the_batch() -> None:
+    def gather(step: int) -> dict[str, Tensor]:
+        if step == 5:
+            raise TrainingError("damaged")
+        return {"step": torch.tensor(step)}
+
+    with Ahead(gather, last=9) as ahead:
+        ahead.take(1)
+        assert int(ahead.take(4)["step"]) == 4
+        with pytest.raises(TrainingError, match="damaged"):
+            ahead.take(5)
+        assert int(ahead.take(6)["step"]) == 6
+
+
+def test_the_log_tells_how_long_the_run_has_waited_for_its_data(tmp_path: Path) -> None:
+    class Slow(Points):
+        def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+            time.sleep(0.2)
+            return super().batch(indices, generator)
+
+    train(Line(), Slow(), settings(num_steps=3), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    waited = [line["minutes_waited"] for line in lines if "minutes" in line]
+    assert waited == sorted(waited)
+    assert 0.5 / 60 <= waited[-1] <= lines[-2]["minutes"] + 0.001

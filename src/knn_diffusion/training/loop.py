@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from knn_diffusion.config import to_dict
 from knn_diffusion.device import choose_device
 from knn_diffusion.errors import TrainingError, UsageError
 from knn_diffusion.randomness import generator_for
+from knn_diffusion.training.ahead import Ahead
 from knn_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, planned_steps, save_checkpoint
 from knn_diffusion.training.data import Dataset
 from knn_diffusion.training.log import Log, open_log
@@ -28,7 +30,7 @@ from knn_diffusion.training.objective import Objective, Validation
 from knn_diffusion.training.options import RunOptions, StepProgress
 from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.processes import Processes
-from knn_diffusion.training.step import Run, begin, take_step, warm_up
+from knn_diffusion.training.step import Run, begin, own_rows, take_step, warm_up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +68,14 @@ def train(
     warm_up(run, dataset)
     started = time.monotonic()
     metrics: dict[str, float] = {}
-    with _stop_on_interrupt() as interrupted, _open_log(run) as log:
+    ahead = Ahead(partial(own_rows, run, dataset), config.num_steps)
+    with _stop_on_interrupt() as interrupted, _open_log(run) as log, ahead:
         while run.step < config.num_steps:
-            metrics = take_step(run, dataset)
+            metrics = take_step(run, ahead.take(run.step + 1))
             due, minutes = run.step == config.num_steps, (time.monotonic() - started) / 60
             if run.step % config.log_every == 0 or due:
-                log({"step": run.step, "minutes": round(minutes, 3), **metrics}, None)
+                waited = round(ahead.waited / 60, 3)
+                log({"step": run.step, "minutes": round(minutes, 3), "minutes_waited": waited, **metrics}, None)
             if run.step % config.validate_every == 0 or due:
                 metrics |= _validate(run, log)
             seconds = time.monotonic() - started

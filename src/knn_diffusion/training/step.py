@@ -68,15 +68,17 @@ def begin(objective: Objective, config: TrainingConfig, output: Path, processes:
     return Run(objective, phases, optimizers, average, parallel, config, processes, output)
 
 
-def take_step(run: Run, dataset: Dataset) -> dict[str, float]:
+def take_step(run: Run, batch: Batch) -> dict[str, float]:
     """Make the run's next step, all phases of it.
+
+    Args: batch: this process's rows of the step's batch, as `own_rows` gathers them.
 
     Returns: its figures, the same in every process.
 
     Raises: TrainingError before the weights move when a loss or its gradient is not finite.
     """
     step = run.step + 1
-    batch = _own_rows(run, dataset, step)
+    batch = {name: value.to(run.processes.device, non_blocking=True) for name, value in batch.items()}
     run.objective.modules.train()
     rate = learning_rate(run.config, step)
     metrics = {"learning_rate": rate}
@@ -87,13 +89,14 @@ def take_step(run: Run, dataset: Dataset) -> dict[str, float]:
     return metrics
 
 
-def _own_rows(run: Run, dataset: Dataset, step: int) -> Batch:
-    """This process's rows of the step's batch, which is the same however many processes there are."""
+def own_rows(run: Run, dataset: Dataset, step: int) -> Batch:
+    """This process's rows of a step's batch, which is the same however many processes there are; on the CPU."""
     config, rows = run.config, run.processes.rows(run.config.batch_size)
     indices = batch_indices(len(dataset), config.batch_size, step, config.seed)[rows]
     generator = BatchGenerator.of(config.seed, "data", step, batch_size=config.batch_size, rows=rows)
     batch = dataset.batch(indices, generator)
-    return {name: value.to(run.processes.device, non_blocking=True) for name, value in batch.items()}
+    pinned = run.processes.device.type == "cuda"  # so that the copy to the GPU holds nobody up
+    return {name: value.pin_memory() if pinned else value for name, value in batch.items()}
 
 
 def _phase_step(run: Run, phase: Phase, batch: Batch, step: int, rate: float) -> dict[str, float]:
@@ -165,8 +168,10 @@ def warm_up(run: Run, dataset: Dataset) -> None:
     run would differ in the last bits from the run that never stopped.
     """
     if run.parallel.ddp is not None and run.step < run.config.num_steps:
+        rows = own_rows(run, dataset, run.step + 1)
+        batch = {name: value.to(run.processes.device) for name, value in rows.items()}
         for phase in run.phases:
-            _gradients(run, phase, _own_rows(run, dataset, run.step + 1), run.step + 1)
+            _gradients(run, phase, batch, run.step + 1)
             run.optimizers[phase.name].zero_grad(set_to_none=True)
 
 

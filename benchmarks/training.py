@@ -3,8 +3,8 @@
     python benchmarks/training.py [--size tiny|small|paper] [--batch 8] [--set parallel=fsdp …] [--steps 5] [--json]
     torchrun --standalone --nproc-per-node 8 benchmarks/training.py --size paper --batch 256
 
-Whole steps of the training loop are measured on random data that lies in memory as a run's cache lies in the page cache: the batch
-is gathered, noised, predicted, differentiated and learned from, and the average follows. Validation and checkpoints are left out. The
+Whole steps of the training loop are measured on random data that lies on the disk as that of a run does, in the page cache: the batch is
+gathered, noised, predicted, differentiated and learned from, and the average follows. Validation and checkpoints are left out. The
 share of the machine's rate is what matrix products and attention compute in a step, forwards and backwards, what is computed again
 included, by the time of the median step, against the best square matrix product in the same arithmetic. A thread gathers
 the next batch meanwhile; waiting is the time in which the loop needs it and does not have it.
@@ -18,6 +18,7 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,13 @@ from knn_diffusion.cli.configuration import merged, parse_changes
 from knn_diffusion.config import from_dict
 from knn_diffusion.device import choose_dtype
 from knn_diffusion.diffusion.process import Schedule
+from knn_diffusion.image_index import EmbeddingTable
 from knn_diffusion.models.denoiser import DenoiserConfig
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
-from knn_diffusion.tokens import Makers
+from knn_diffusion.retrieval.segments import stored_rows
+from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
+from knn_diffusion.tokens import CONTENT_BYTES, Made, Makers, TokenFolder
+from knn_diffusion.tokens.units import UNIT_IMAGES
 from knn_diffusion.training.ahead import Ahead
 from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjective, DenoiserRun
 from knn_diffusion.training.neighbors import DenoiserData
@@ -43,34 +48,37 @@ PAPER_IMAGES = 70_000_000
 """What the paper trained on."""
 
 
-def random_data(config: DenoiserConfig, items: int, neighbors: int) -> DenoiserData:
-    """Tokens, unit embeddings and neighbor lists of images that never were."""
-    rng = np.random.default_rng(0)
-    table = rng.normal(size=(items, config.condition_dim)).astype(np.float32)
-    table = (table / np.linalg.norm(table, axis=1, keepdims=True)).astype(np.float16)
-    makers = Makers(tokenizer="", seq=config.seq, vocab_size=config.vocab_size, encoder="", dim=config.condition_dim)
-    examples = np.empty(items, makers.record)
-    examples["tokens"] = rng.integers(0, config.vocab_size, (items, config.seq), dtype=np.uint16)
-    examples["embedding"] = table
+def random_data(config: DenoiserConfig, items: int, neighbors: int, folder: Path) -> DenoiserData:
+    """Tokens, unit embeddings and neighbor lists of images that never were, on the disk as those of a run are."""
+    rng, dim = np.random.default_rng(0), config.condition_dim
+    store = Store.create(folder / "index", EncoderIdentity(name="random", fingerprint="random", dim=dim))
+    makers = Makers(tokenizer="", seq=config.seq, vocab_size=config.vocab_size, encoder="", dim=dim)
+    tokens = TokenFolder(folder / "tokens", makers)
+    for start in range(0, items, UNIT_IMAGES):
+        count = min(UNIT_IMAGES, items - start)
+        contents = rng.integers(0, 256, (count, CONTENT_BYTES), dtype=np.uint8)
+        rows = [Item(source=f"{number}", content=one.tobytes().hex()) for number, one in enumerate(contents, start)]
+        vectors = stored_rows(rng.normal(size=(count, dim)), dim, "random")
+        store.append(rows, vectors)
+        codes = rng.integers(0, config.vocab_size, (count, config.seq)).astype(np.uint16)
+        tokens.write(f"{start:012}", Made(contents=contents, embeddings=vectors, tokens=codes, skipped=[]))
+    lists = rng.integers(0, items, (items, neighbors), dtype=np.int32)
     return DenoiserData(
-        examples=examples,
-        items=np.arange(items),
-        neighbors=rng.integers(0, items, (items, neighbors), dtype=np.int32),
-        table=table,
+        examples=tokens.examples(), items=np.arange(items), neighbors=lists, table=EmbeddingTable(store)
     )
 
 
 def measured(
-    config: DenoiserConfig, training: TrainingConfig, steps: int, items: int, processes: Processes
+    config: DenoiserConfig, training: TrainingConfig, steps: int, items: int, processes: Processes, folder: Path
 ) -> dict[str, Any]:
-    """Figures of a step, over all processes."""
+    """Figures of a step, over all processes; random data goes into the folder."""
     torch.manual_seed(0)
     schedule = Schedule(num_steps=config.num_steps, vocab_size=config.vocab_size, preset="released")
     conditioning = ConditioningConfig(condition_dropout=0.0)
     run = DenoiserRun(
         denoiser=config, schedule=schedule, training=training, conditioning=conditioning, step_sampling="importance"
     )
-    data = random_data(config, items, conditioning.k)
+    data = random_data(config, items, conditioning.k, folder)
     idle = VQGAN(TokenizerConfig(image_size=16, grid=4, vocab_size=8, code_dim=4, channels=8, decoder_blocks=1))
     going = begin(DenoiserObjective(run, data, idle, "random"), training, Path("nowhere"), processes)
     warm_up(going, data)
@@ -115,7 +123,7 @@ def main() -> None:
     config = SIZES[args.size]
     asked = {"num_steps": 1_000_000, "batch_size": args.batch, "learning_rate": 2e-4}
     training = from_dict(TrainingConfig, merged(asked, parse_changes(args.set)))
-    with joined(args.device) as processes:
+    with joined(args.device) as processes, TemporaryDirectory() as folder:
         report = {
             "commit": commit(),
             "hardware": hardware(processes.device),
@@ -129,7 +137,7 @@ def main() -> None:
             "vocab_size": config.vocab_size,
             "batch": args.batch,
             "settings": args.set,
-            **measured(config, training, args.steps, args.items, processes),
+            **measured(config, training, args.steps, args.items, processes, Path(folder)),
         }
     if not processes.first:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -72,10 +73,16 @@ def batch_indices(num_items: int, batch_size: int, step: int, seed: int) -> Tens
     """
     positions = torch.arange((step - 1) * batch_size, step * batch_size)
     rounds = positions // num_items
-    orders = {
-        int(r): torch.randperm(num_items, generator=generator_for(seed, "order", int(r))) for r in rounds.unique()
-    }
-    return torch.stack([orders[int(r)][p] for r, p in zip(rounds, positions % num_items, strict=True)])
+    indices = torch.empty_like(positions)
+    for r in rounds.unique():
+        indices[rounds == r] = _order(num_items, seed, int(r))[positions[rounds == r] % num_items]
+    return indices
+
+
+@lru_cache(maxsize=2)
+def _order(num_items: int, seed: int, number: int) -> Tensor:
+    """The order of one pass; kept, since shuffling 70 million takes seconds."""
+    return torch.randperm(num_items, generator=generator_for(seed, "order", number))
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

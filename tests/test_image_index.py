@@ -8,18 +8,20 @@ import os
 import shutil
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from PIL import Image
 
 from knn_diffusion.errors import FingerprintError, ImageError, KnnDiffusionError, StoreError, UsageError
-from knn_diffusion.image_index import AddReport, ImageIndex, content_digest, ingest
+from knn_diffusion.image_index import AddReport, ImageIndex, content_digest, embedding, ingest
 from knn_diffusion.image_index import encoder as encoder_module
 from knn_diffusion.image_index import index as module
 from knn_diffusion.images import SourceImage
@@ -350,7 +352,7 @@ def test_a_bundled_index_opens_by_its_name(photos: Path, tmp_path: Path, monkeyp
 
 
 def test_an_interruption_keeps_what_was_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "ENCODE_IMAGES", 2)
+    monkeypatch.setattr(embedding, "ENCODE_IMAGES", 2)
     monkeypatch.setattr(ingest, "COMMIT_IMAGES", 4)
 
     def interrupt() -> Image.Image:
@@ -371,7 +373,7 @@ def test_an_interrupted_build_gets_its_rule_when_it_is_completed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: DedupConfig | None
 ) -> None:
     monkeypatch.setattr(ingest, "COMMIT_IMAGES", 4)
-    monkeypatch.setattr(ingest, "ENCODE_IMAGES", 4)
+    monkeypatch.setattr(embedding, "ENCODE_IMAGES", 4)
     images = [picture(number) for number in range(20)]
     broken = SourceImage("late", "late", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
@@ -397,7 +399,7 @@ def test_a_full_disk_keeps_earlier_batches(photos: Path, tmp_path: Path, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*values)
 
-    monkeypatch.setattr(ingest, "ENCODE_IMAGES", 2)
+    monkeypatch.setattr(embedding, "ENCODE_IMAGES", 2)
     monkeypatch.setattr(ingest, "COMMIT_IMAGES", 2)
     with ImageIndex.build([photos], tmp_path / "index", ENCODER) as index:
         monkeypatch.setattr(os, "replace", full)
@@ -556,3 +558,16 @@ def test_changes_to_an_overlay_leave_the_index_and_its_folder_alone(photos: Path
             assert again.ids == index.ids
     with pytest.raises(StoreError, match="this one is in memory: save it first"):
         ImageIndex.build(photos, None, ENCODER).overlay()
+
+
+def test_images_are_decoded_while_others_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together = threading.Barrier(3)
+
+    def load(number: int) -> Image.Image:
+        together.wait(30)  # breaks unless three are decoded at once
+        return picture(number)
+
+    found = [SourceImage(f"{n}.png", "", partial(load, n)) for n in range(9)]
+    with ImageIndex.build(found, None, ENCODER, rule=OFF) as index:
+        assert index.sources(index.ids) == [f"{n}.png" for n in range(9)]

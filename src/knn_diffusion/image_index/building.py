@@ -8,8 +8,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
+from knn_diffusion.image_index.embedding import Skipped, embed_groups
 from knn_diffusion.image_index.encoder import IndexEncoder
-from knn_diffusion.image_index.ingest import AddReport, Images, Skipped, Writer, embed_groups, find_sources
+from knn_diffusion.image_index.ingest import AddReport, Images, Writer, find_sources
 from knn_diffusion.image_index.metadata_table import Tables, match_tables
 from knn_diffusion.image_index.settings import settle_rule
 from knn_diffusion.image_index.tokenizing import Recorder, TokenOutput

@@ -24,7 +24,8 @@ import torch
 
 from knn_diffusion.config import config, require
 from knn_diffusion.errors import KnnDiffusionError, MissingDependencyError
-from knn_diffusion.image_index.ingest import COMMIT_IMAGES, Outcome, Skipped, embed
+from knn_diffusion.image_index.embedding import Outcome, Skipped, embed
+from knn_diffusion.image_index.ingest import COMMIT_IMAGES
 from knn_diffusion.images import SourceImage
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.retrieval.database import text

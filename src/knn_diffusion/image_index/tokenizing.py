@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from knn_diffusion.image_index.embedding import Known, Outcome, Row, Skipped, embed
 from knn_diffusion.image_index.imported import ImportedNames
-from knn_diffusion.image_index.ingest import Known, Outcome, Row, Skipped, embed
 from knn_diffusion.images import SourceImage
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.models.tokenizer_protocol import Tokenizer

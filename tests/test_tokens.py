@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_distributed import HERE, ray  # noqa: F401
 from tiny_world import DIM, GRID, build_model, tiny_encoder
@@ -19,13 +20,20 @@ from tiny_world import DIM, GRID, build_model, tiny_encoder
 from knn_diffusion import ImageIndex
 from knn_diffusion.cli import main
 from knn_diffusion.errors import FingerprintError, KnnDiffusionError, StoreError, UsageError
-from knn_diffusion.image_index import TokenOutput, content_digest
+from knn_diffusion.image_index import Skipped, TokenOutput, content_digest
+from knn_diffusion.image_index.distributed import DEADLY
+from knn_diffusion.image_index.tokenizing import Recorder
 from knn_diffusion.images import find_images, pixels_from_uint8, square, to_array
 from knn_diffusion.models.encoders import SmallJointEncoder
 from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.retrieval.dedup import OFF
+from knn_diffusion.retrieval.store import EncoderIdentity, Store
 from knn_diffusion.tokens import Examples, Made, Makers, TokenFolder, Tokenize, makers_of, units, units_of
+from knn_diffusion.training.options import RunOptions
+from knn_diffusion.training.processes import Processes
+from knn_diffusion.training.tokens import examples_of
 
+CPU = torch.device("cpu")
 MAKERS = Makers(tokenizer="t" * 64, seq=4, vocab_size=9, encoder="e" * 64, dim=3)
 
 
@@ -329,6 +337,41 @@ def test_a_shard_has_tokens_of_its_own_for_what_lies_in_others_too(
     parts = [folder.examples([one.name]) for one in units_of(find_images(shards))]
     assert by_content(parts[0]) == by_content(parts[1])
     assert len(by_content(parts[0])) == 3
+
+
+def test_images_over_which_workers_died_are_tried_again_another_time(photos: Path, tmp_path: Path) -> None:
+    folder, found = TokenFolder(tmp_path / "tokens", MAKERS), find_images([photos / "a.tar"])
+    with Store.create(None, EncoderIdentity(name="e", fingerprint=MAKERS.encoder, dim=MAKERS.dim)) as store:
+        for reason, kept in ((DEADLY, False), ("broken", True)):
+            recorder = Recorder(folder, found, store)
+            ends = [recorder.take(Skipped(source=one.source, reason=reason)) for one in found]
+            assert ends == [False] * 9 + [True]
+            recorder.keep()
+            assert (units_of(found)[0].name in folder) == kept
+
+
+# A run's own
+
+
+def run_of(sources: list[Path], tokenizer: Path, place: Path, folder: Path | None = None) -> Examples:
+    with ImageIndex.build([picture(n) for n in range(9)], None, tiny_encoder(), rule=OFF) as index:
+        options = RunOptions(output=place)
+        return examples_of(sources, index, load_tokenizer(tokenizer)[0], folder, Processes(device=CPU), options)
+
+
+def test_a_run_without_usable_images_says_why(photos: Path, tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(UsageError, match="expected readable images, all 1 failed .first: expected .*43.png"):
+        run_of([photos / "43.png"], tokenizer, tmp_path / "run")
+    with pytest.raises(UsageError, match="expected tokens in .*other, found none: name folders with --images"):
+        run_of([], tokenizer, tmp_path / "run", tmp_path / "other")
+
+
+def test_what_a_run_skipped_is_listed_while_it_is_true(photos: Path, tmp_path: Path, tokenizer: Path) -> None:
+    run_of([photos], tokenizer, tmp_path / "run")
+    skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
+    assert [Path(one["source"]).name for one in skipped] == ["43.png", "b.tar::cut.png"]
+    run_of([photos / "a.tar"], tokenizer, tmp_path / "run")
+    assert not (tmp_path / "run" / "skipped.json").exists()
 
 
 # Embeddings that came without pictures

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from knn_diffusion.image_index.distributed import DEADLY
 from knn_diffusion.image_index.embedding import Known, Outcome, Row, Skipped, embed
 from knn_diffusion.image_index.imported import ImportedNames
 from knn_diffusion.images import SourceImage
@@ -67,9 +68,10 @@ class Recorder:
         return len(self._outcomes) == len(self._open.images)
 
     def keep(self) -> None:
-        """Write the part of the unit that ended."""
+        """Write the part of the unit that ended; not where workers died, so that its images are tried again another time."""
         assert self._open is not None
-        self.folder.write(self._open.name, made_of(self._outcomes, self.store))
+        if not any(isinstance(one, Skipped) and one.reason == DEADLY for one in self._outcomes):
+            self.folder.write(self._open.name, made_of(self._outcomes, self.store))
         self._open, self._outcomes = None, []
 
     def _is_complete(self, unit: Unit) -> bool:

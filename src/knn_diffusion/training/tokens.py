@@ -30,7 +30,8 @@ def examples_of(
     """The images under `sources`, tokenized and embedded; without sources all that the folder holds.
 
     What is missing is made now, each process its share of the units, and kept in the folder, or without one in the run's
-    cache: an interrupted call goes on there. All processes must call this. Images that cannot be used are listed in `skipped.json` of the run.
+    cache: an interrupted call goes on there. All processes must call this. Images that cannot be used are listed in
+    `skipped.json` of the run.
 
     Raises: UsageError when no image could be used; FingerprintError when the folder was made with another tokenizer or
         encoder; StoreError when it is damaged.
@@ -46,14 +47,23 @@ def examples_of(
     with processes.together():
         found = tokens.examples(None if units is None else [unit.name for unit in units])
         if not len(found):
-            reason = f" (first: {found.skipped[0]['reason']})" if found.skipped else ""
-            raise UsageError(
-                f"expected readable images, none of {len(found.skipped)} in {tokens.path} is{reason}: check the files, or name "
-                "folders with --images"
-            )
+            raise UsageError(_nothing(found, tokens.path))
         if processes.first:
             _tell_skipped(found, told)
+    digests = processes.texts(found.digest)
+    with processes.together():
+        if len(set(digests)) > 1:
+            raise UsageError(
+                f"expected a folder of tokens that nobody adds to, {tokens.path} was added to: start again"
+            )
     return found
+
+
+def _nothing(found: Examples, folder: Path) -> str:
+    if not found.skipped:
+        return f"expected tokens in {folder}, found none: name folders with --images, or the folder that index build filled"
+    first = found.skipped[0]["reason"]
+    return f"expected readable images, all {len(found.skipped)} failed (first: {first}): check the files"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import sqlite3
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from store_world import TOY, batch, id_of
 
 from knn_diffusion.errors import StoreError, UsageError
+from knn_diffusion.retrieval import store as store_module
 from knn_diffusion.retrieval.metadata import column_names
 from knn_diffusion.retrieval.segments import CompactedError
 from knn_diffusion.retrieval.store import Item, Store
@@ -377,3 +379,31 @@ def test_columns_get_names_that_conditions_can_use() -> None:
         "width", "WIDTH_", "image_size__px_", "_2nd", "_", "content_", "gr__e"
     ]  # fmt: skip
     assert column_names(("URL",), ("url",)) == {"URL": "URL_"}
+
+
+def test_a_slow_condition_holds_up_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    real = store_module.rows_where
+
+    def slow(*given: Any) -> np.ndarray:
+        begun.set()
+        assert go_on.wait(30)
+        return real(*given)
+
+    monkeypatch.setattr(store_module, "rows_where", slow)
+    with filled(tmp_path / "store") as store:
+        found: list[list[int]] = []
+        asking = threading.Thread(target=lambda: found.append(matching(store, "width >= 512")))
+        asking.start()
+        assert begun.wait(30)
+        try:  # while the condition is being answered
+            store.append(*described([{"width": 600}], first=5))
+            assert len(store) == 6
+            assert store.metadata(np.array([5])) == [{"width": 600}]
+            store.remove([store.facts(np.array([1]))[0][0]])
+        finally:
+            go_on.set()
+        asking.join(30)
+        assert found == [[0, 1, 3, 4]]  # as the images were when it was asked
+        assert matching(store, "width >= 512") == [0, 3, 4, 5]
+    assert not (tmp_path / "store" / "store.sqlite-wal").exists()

@@ -1,7 +1,7 @@
 """The present state of a store: its connections to the database, and the snapshot that reads start from.
 
-Any number of threads read through one connection, in turn; another one writes. In memory both are the same, so that a
-reader waits for the end of a transaction. A snapshot is made anew when somebody, here or elsewhere, has committed.
+Any number of threads read through one connection, in turn; another one writes, and a third answers conditions, which may take
+long. In memory all are the same, so that a reader waits for the end of a transaction. A snapshot is made anew when somebody, here or elsewhere, has committed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from knn_diffusion.errors import StoreError
 from knn_diffusion.retrieval.database import (
     close_writer,
     connect_in_memory,
+    connect_to_read,
     connect_to_write,
     free_bytes,
     give_back,
@@ -44,13 +45,17 @@ class LiveState:
         self.reader = database
         self._writer = database if folder is None else None
         self._writing = self.reading if folder is None or read_only else threading.RLock()
+        self._asker: sqlite3.Connection | None = None
+        self._asking = threading.Lock()
         self._snapshot = Snapshot(alive=np.zeros(0, bool), segments=())
         self._seen = -1
         self._reload()
 
     def close(self) -> None:
         """Leave one database file without a journal beside it."""
-        with self._writing, self.reading:
+        with self._writing, self._asking, self.reading:
+            if self._asker is not None:
+                self._asker.close()
             self.reader.close()
             if self._writer is not None and self._writer is not self.reader:
                 close_writer(self._writer)
@@ -66,6 +71,18 @@ class LiveState:
         """What the database answers."""
         with self.reading, translated_errors(self.folder):
             return self.reader.execute(sql, values).fetchall()
+
+    @contextmanager
+    def asking(self) -> Iterator[sqlite3.Connection]:
+        """A connection for a question that may take long; others read meanwhile, unless the store is in memory."""
+        if self.folder is None or self._writer is self.reader:
+            with self.reading:
+                yield self.reader
+            return
+        with self._asking:
+            if self._asker is None:
+                self._asker = connect_to_read(self.folder)[0]
+            yield self._asker
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:

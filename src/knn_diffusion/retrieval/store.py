@@ -282,9 +282,8 @@ class Store:
         """
         if snapshot is None:
             return self.consistently(lambda now: self.matching(where, now))
-        with self.live.reading:
-            found = rows_where(self.live.reader, where, self.live.metadata_names)
-            rows = snapshot.records.rows_of(found)
+        with self.live.asking() as database:
+            rows = snapshot.records.rows_of(rows_where(database, where, self.live.metadata_names))
         self.require_generation(snapshot)
         mask = np.zeros(snapshot.num_rows, bool)
         mask[rows[(rows >= 0) & (rows < snapshot.num_rows)]] = True

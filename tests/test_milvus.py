@@ -383,6 +383,22 @@ def test_a_push_goes_on_where_it_was_interrupted(
     assert push(store, there).sent == 1
 
 
+def test_a_compaction_does_not_end_a_push(store: Store, uri: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knn_diffusion.retrieval.milvus.transfer.BATCH_ROWS", 50)
+    there, compacted = MilvusRetriever.create(uri, name, TOY), list[int]()
+
+    def compact(what: str, done: int, total: int) -> None:
+        if done == 99 and not compacted:
+            compacted.append(done)
+            store.compact()
+
+    report = push(store, there, compact)
+    assert compacted
+    assert (report.sent, report.already_present, report.in_collection) == (159, 0, 159)
+    queries = np.concatenate([vectors_of(10)[9:], vectors_of(5, 7)])
+    assert there.search(queries, 12).ids == LocalRetriever(store).search(queries, 12).ids
+
+
 def test_a_push_that_lost_images_says_so(store: Store, uri: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     there = MilvusRetriever.create(uri, name, TOY)
 

@@ -10,6 +10,7 @@ import numpy as np
 from knn_diffusion.errors import StoreError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.milvus.retriever import MAX_NAME, MilvusRetriever
+from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
 BATCH_ROWS = 2000
@@ -33,22 +34,28 @@ def push(store: Store, retriever: MilvusRetriever, progress: Progress | None = N
     Raises: UsageError when an id stands for other content there; StoreError when the server fails, or holds fewer images
         at the end than the store.
     """
-    snapshot = store.snapshot()
-    total, seen, sent = len(snapshot.live_rows), 0, 0
-    for run in snapshot.runs() if total else ():
-        for rows in (run[start : start + BATCH_ROWS] for start in range(0, len(run), BATCH_ROWS)):
-            pictures, known = store.thumbnails(rows, snapshot)
-            added = retriever.add(
-                store.items(rows, snapshot),
-                store.embeddings(rows, snapshot),
-                pictures if known.all() else None,
-                added_at=np.array([added_at for *_, added_at in store.facts(rows, snapshot)], np.float64),
-                positions=rows,
-                flush=False,
-            )
-            seen, sent = seen + len(rows), sent + int(added.sum())
-            if progress is not None:
-                progress("pushing images", seen, total)
+    sent = 0
+
+    def send(snapshot: Snapshot) -> int:
+        nonlocal sent
+        total, seen = len(snapshot.live_rows), 0
+        for run in snapshot.runs() if total else ():
+            for rows in (run[start : start + BATCH_ROWS] for start in range(0, len(run), BATCH_ROWS)):
+                pictures, known = store.thumbnails(rows, snapshot)
+                added = retriever.add(
+                    store.items(rows, snapshot),
+                    store.embeddings(rows, snapshot),
+                    pictures if known.all() else None,
+                    added_at=np.array([added_at for *_, added_at in store.facts(rows, snapshot)], np.float64),
+                    positions=snapshot.records.of_rows(rows),
+                    flush=False,
+                )
+                seen, sent = seen + len(rows), sent + int(added.sum())
+                if progress is not None:
+                    progress("pushing images", seen, total)
+        return total
+
+    total = store.consistently(send)  # after a compaction from the start; what was sent stays
     retriever.flush()
     count = len(retriever)
     if count < total:

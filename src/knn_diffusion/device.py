@@ -7,6 +7,8 @@ import torch
 from knn_diffusion.errors import UsageError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+BFLOAT16_CAPABILITY = (8, 0)
+"""From this compute capability on a GPU multiplies bfloat16 matrices itself."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -31,17 +33,36 @@ def choose_device(name: str = "auto") -> torch.device:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices itself, so that they are faster than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
 
 
 def choose_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """The arithmetic of matrix products: "auto" is bfloat16 where the hardware has it, else float32."""
+    """The arithmetic of matrix products: "auto" is bfloat16 where the hardware has it, else float32.
+
+    A CPU without bfloat16 computes it all the same, slowly, for results as on another machine. A GPU without it is refused:
+    there it is emulated at a fraction of float32's speed, and nobody asks for that.
+
+    Raises: UsageError for another name, and for bfloat16 on a GPU that has it not.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if precision == "auto":
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     if precision not in known:
         raise UsageError(f"expected precision auto, float32 or bfloat16, got {precision!r}: choose one of them")
+    if precision == "bfloat16" and device.type != "cpu" and not computes_bfloat16(device):
+        raise UsageError(
+            f"expected a device that computes in bfloat16 (a GPU of compute capability {'.'.join(map(str, BFLOAT16_CAPABILITY))} "
+            f'or higher, or a CPU), got {device_name(device)}: choose float32 (--set training.precision=float32, or dtype="float32")'
+        )
     return known[precision]
+
+
+def device_name(device: torch.device) -> str:
+    """What people know a device by."""
+    if device.type != "cuda":
+        return str(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device} ({torch.cuda.get_device_name(device)}, capability {major}.{minor})"

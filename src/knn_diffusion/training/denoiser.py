@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from knn_diffusion.checkpoint import CONFIG_FILE, atomic_folder, save_part
 from knn_diffusion.config import config, read_mapping, require, to_dict
+from knn_diffusion.device import choose_dtype
 from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
 from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss
 from knn_diffusion.diffusion.process import Schedule, q_sample
@@ -297,6 +298,7 @@ def train_denoiser(
         with processes.together():
             if processes.first:
                 check_output(output, options.resume)
+            choose_dtype(processes.device, run.training.precision)
             tokenizer_folder = _tokenizer_folder(tokenizer, init)
             parts, _ = load_tokenizer(tokenizer_folder)
             check_tokenizer(run.denoiser, parts)

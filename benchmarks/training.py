@@ -44,6 +44,7 @@ from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.processes import Processes, joined
 from knn_diffusion.training.step import begin, own_rows, take_step, warm_up
 
+NEIGHBORS = 10
 PAPER_IMAGES = 70_000_000
 """What the paper trained on."""
 
@@ -68,19 +69,24 @@ def random_data(config: DenoiserConfig, items: int, neighbors: int, folder: Path
     )
 
 
+def objective_of(config: DenoiserConfig, training: TrainingConfig, data: DenoiserData) -> DenoiserObjective:
+    """What the paper minimises, with a tokenizer that is never asked."""
+    schedule = Schedule(num_steps=config.num_steps, vocab_size=config.vocab_size, preset="released")
+    conditioning = ConditioningConfig(k=NEIGHBORS, condition_dropout=0.0)
+    run = DenoiserRun(
+        denoiser=config, schedule=schedule, training=training, conditioning=conditioning, step_sampling="importance"
+    )
+    idle = VQGAN(TokenizerConfig(image_size=16, grid=4, vocab_size=8, code_dim=4, channels=8, decoder_blocks=1))
+    return DenoiserObjective(run, data, idle, "random")
+
+
 def measured(
     config: DenoiserConfig, training: TrainingConfig, steps: int, items: int, processes: Processes, folder: Path
 ) -> dict[str, Any]:
     """Figures of a step, over all processes; random data goes into the folder."""
     torch.manual_seed(0)
-    schedule = Schedule(num_steps=config.num_steps, vocab_size=config.vocab_size, preset="released")
-    conditioning = ConditioningConfig(condition_dropout=0.0)
-    run = DenoiserRun(
-        denoiser=config, schedule=schedule, training=training, conditioning=conditioning, step_sampling="importance"
-    )
-    data = random_data(config, items, conditioning.k, folder)
-    idle = VQGAN(TokenizerConfig(image_size=16, grid=4, vocab_size=8, code_dim=4, channels=8, decoder_blocks=1))
-    going = begin(DenoiserObjective(run, data, idle, "random"), training, Path("nowhere"), processes)
+    data = random_data(config, items, NEIGHBORS, folder)
+    going = begin(objective_of(config, training, data), training, Path("nowhere"), processes)
     warm_up(going, data)
     with Ahead(partial(own_rows, going, data), training.num_steps) as ahead:
         work = operations(lambda: take_step(going, ahead.take(going.step + 1)))
@@ -103,6 +109,7 @@ def measured(
         "share_of_matmul_rate": round(work / step / rate, 3),
         "share_waiting_for_data": round(ahead.waited / sum(seconds), 4),
         "peak_mib": round(peak_bytes(processes.device) / 2**20),
+        "reckoned_mib": round(going.memory.need.of(going.memory.setting.micro_batch) / 2**20),
         "days_for_70_million_images": round(PAPER_IMAGES * step / training.batch_size / 86_400, 2),
     }
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import training
+import training_memory
 from speed.ours import SIZES
 
 
@@ -38,3 +40,12 @@ def test_what_is_computed_again_counts(monkeypatch: pytest.MonkeyPatch, capsys: 
     plain = report(monkeypatch, capsys)["operations_per_image"]
     again = report(monkeypatch, capsys, "--set", "activation_checkpointing=true")["operations_per_image"]
     assert 1.1 < again / plain < 1.4
+
+
+def test_the_memory_of_the_papers_size_is_what_the_documentation_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["training_memory.py"])
+    training_memory.main()
+    documented = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    assert capsys.readouterr().out in documented

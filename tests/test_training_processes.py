@@ -41,12 +41,12 @@ def torchrun(processes: int, *arguments: str | Path, restarts: int = 0) -> subpr
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy trained by one process, two and four, whole and with a stop, spread both ways; and four ways to fail."""
+    """The toy trained by one process, two and four, whole and with a stop, spread both ways; and five ways to fail."""
     folder = tmp_path_factory.mktemp("runs")
     alone = Processes(device=torch.device("cpu"))
     seen = training_worker.train(folder / "alone", alone)
     training_worker.made(folder / "saw-alone").joinpath("0-of-1.json").write_text(json.dumps(seen))
-    two = torchrun(2, WORKER, folder, "ddp", "fsdp", "nan", "full_disk", "uneven")
+    two = torchrun(2, WORKER, folder, "ddp", "fsdp", "nan", "full_disk", "uneven", "runs_out")
     assert two.returncode == 0, two.stderr
     for begun in ("begun", "begun-alone"):  # by two; four go on, then one
         shutil.copytree(folder / "fsdp-2-parts", folder / begun)
@@ -168,6 +168,17 @@ def test_a_command_whose_worker_is_killed_goes_on_from_the_last_checkpoint(tmp_p
     assert "another process of this run has died" in done.stderr
     steps = [line["step"] for line in logged(tmp_path / "out") if "denoiser/loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_memory_that_runs_out_in_one_process_stops_all_and_leaves_the_last_checkpoint(runs: Path) -> None:
+    first, last = saw(runs, "runs_out", 2)
+    assert last["error"].startswith("TrainingError: memory ran out on cpu, expected 0 MiB for weights, ")
+    assert "another process of this run has died" in first["error"]
+    (newest,) = sorted((runs / "runs_out" / "checkpoints").glob("step-*"))[-1:]
+    assert newest.name == STOPPED
+    found = training_worker.train(runs / "runs_out", Processes(device=torch.device("cpu")), micro_batch_size=2)
+    assert "training.micro_batch_size was None, is 2 now" in found["said"]
+    assert logged(runs / "runs_out")[-1] == pytest.approx(logged(runs / "alone")[-1], rel=TOLERANCE)
 
 
 def test_parts_of_a_batch_are_drawn_as_the_whole() -> None:

@@ -57,13 +57,13 @@ class Data:
     seen: list[list[int]] = field(default_factory=list)
 
     @classmethod
-    def drawn(cls, items: int = 30) -> Data:
+    def drawn(cls, items: int = 30, shape: DenoiserConfig = SHAPE) -> Data:
         rng = np.random.default_rng(0)
-        table = rng.normal(size=(items, SHAPE.condition_dim)).astype(np.float32)
+        table = rng.normal(size=(items, shape.condition_dim)).astype(np.float32)
         table /= np.linalg.norm(table, axis=1, keepdims=True)
-        tokens = rng.integers(0, SHAPE.vocab_size, (items, SHAPE.seq))
+        tokens = rng.integers(0, shape.vocab_size, (items, shape.seq))
         neighbors = rng.integers(-1, items, (items, 3)).astype(np.int64)
-        makers = Makers(tokenizer="", seq=SHAPE.seq, vocab_size=SHAPE.vocab_size, encoder="", dim=SHAPE.condition_dim)
+        makers = Makers(tokenizer="", seq=shape.seq, vocab_size=shape.vocab_size, encoder="", dim=shape.condition_dim)
         examples = np.empty(items, makers.record)
         examples["tokens"], examples["embedding"] = tokens, table
         return cls(DenoiserData(examples=examples, items=np.arange(items), neighbors=neighbors, table=table))
@@ -189,8 +189,22 @@ def dies(folder: Path, processes: Processes) -> dict[str, Any]:
         return train(folder / "dies", processes, checkpoint_every=3)
 
 
+def runs_out(folder: Path, processes: Processes) -> dict[str, Any]:
+    """The last process finds no memory in the middle of a step."""
+
+    def full(toy: Toy, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if processes.rank == processes.size - 1 and step == STOP + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return DenoiserObjective.loss(toy, batch, step, generator)
+
+    with mock.patch.object(Toy, "loss", full):
+        return train(folder / "runs_out", processes, parallel="fsdp", checkpoint_every=2)
+
+
+ENDS = ("dies", "runs_out")
+"""After these the processes cannot talk to each other any more."""
 SCENARIOS: dict[str, Callable[[Path, Processes], dict[str, Any]]] = {
-    one.__name__: one for one in (ddp, fsdp, goes_on, nan, full_disk, uneven, dies)
+    one.__name__: one for one in (ddp, fsdp, goes_on, nan, full_disk, uneven, dies, runs_out)
 }
 
 
@@ -218,9 +232,10 @@ def run_scenarios(folder: Path, names: list[str]) -> None:
             found = {"error": f"{type(error).__name__}: {error}"}
         path = made(folder / f"saw-{name}") / f"{dist.get_rank()}-of-{dist.get_world_size()}.json"
         path.write_text(json.dumps(found))
-        if name != "dies":
-            dist.barrier()
-    dist.destroy_process_group() if "dies" not in names else os._exit(0)
+        if name in ENDS:
+            os._exit(0)
+        dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

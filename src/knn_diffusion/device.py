@@ -1,14 +1,19 @@
-"""Which device to compute on, and in which arithmetic."""
+"""Which device to compute on, in which arithmetic, and what it says when its memory is full."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 
-from knn_diffusion.errors import UsageError
+from knn_diffusion.errors import KnnDiffusionError, UsageError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 BFLOAT16_CAPABILITY = (8, 0)
 """From this compute capability on a GPU multiplies bfloat16 matrices itself."""
+FULL = ("out of memory", "ALLOC_FAILED")
+"""What the texts of errors hold when a device, or a library on it, finds no memory."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -66,3 +71,27 @@ def device_name(device: torch.device) -> str:
         return str(device)
     major, minor = torch.cuda.get_device_capability(device)
     return f"{device} ({torch.cuda.get_device_name(device)}, capability {major}.{minor})"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What new tensors of this process can take on a GPU; None elsewhere, where memory is not the device's own."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@contextmanager
+def full_memory_told(tell: Callable[[], KnnDiffusionError]) -> Iterator[None]:
+    """A block in which a device's memory may not suffice; then what `tell` makes is raised."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in FULL):
+            raise
+        raise tell() from None
+
+
+def binary_size(size: int) -> str:
+    """Bytes as people compare them with a device's memory."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from knn_diffusion.checkpoint import CONFIG_FILE, atomic_folder, save_part
 from knn_diffusion.config import config, read_mapping, require, to_dict
-from knn_diffusion.device import choose_dtype
+from knn_diffusion.device import choose_dtype, device_name, full_memory_told
 from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
 from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss
 from knn_diffusion.diffusion.process import Schedule, q_sample
 from knn_diffusion.diffusion.sampling import SamplerConfig, sample
-from knn_diffusion.errors import ConfigError, FingerprintError, UsageError
+from knn_diffusion.errors import ConfigError, FingerprintError, TrainingError, UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import from_array, grid, uint8_from_pixels
 from knn_diffusion.model_folder import (
@@ -36,6 +37,7 @@ from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.shapes import Condition
+from knn_diffusion.training.activations import Activations, denoiser_activations
 from knn_diffusion.training.data import Batch, keep_pictures
 from knn_diffusion.training.loop import TrainingResult, check_output, train
 from knn_diffusion.training.neighbors import DenoiserData, prepare
@@ -132,6 +134,11 @@ class DenoiserObjective:
         """Keep only what enters each block."""
         self.denoiser.activation_checkpointing = True
 
+    def activations(self, *, bfloat16: bool, recomputed: bool) -> Activations:
+        """Counted from the configuration."""
+        config, neighbors, replaces = self.run.denoiser, self.run.conditioning.k, self.run.schedule.replaces
+        return denoiser_activations(config, neighbors, bfloat16=bfloat16, recomputed=recomputed, replaces=replaces)
+
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Lines 4-14 of Algorithm 1 for a batch of images, in nats per token."""
         x_0 = batch["tokens"]  # 4, 7: an image's tokens, made once before training
@@ -170,14 +177,18 @@ class DenoiserObjective:
             y = make_condition(batch["query"], batch["neighbors"], batch["present"])
             n = torch.randint(1, self.run.schedule.num_steps + 1, (len(part),), generator=generator, device=device)
             x_n = q_sample(self.run.schedule, batch["tokens"], n, generator)
-            logits = network(x_n, n, y)
-            uniform = torch.full((len(part),), 1 / self.run.schedule.num_steps, dtype=torch.float64, device=device)
-            parts = diffusion_loss(
-                self.run.schedule, logits, batch["tokens"], x_n, step=n, probability=uniform, config=self.run.loss
-            )
-            losses.append(
-                torch.stack([parts.bound.mean() * self.run.schedule.num_steps, parts.l_x0.mean()]) * len(part)
-            )
+            for few in torch.arange(len(part), device=device).split(self.run.training.micro_batch_size or len(part)):
+                y_few = Condition(y=y.y[few], present=y.present[few])
+                parts = diffusion_loss(
+                    self.run.schedule,
+                    network(x_n[few], n[few], y_few),
+                    batch["tokens"][few],
+                    x_n[few],
+                    step=n[few],
+                    probability=torch.full((len(few),), 1 / self.run.schedule.num_steps, device=device),
+                    config=self.run.loss,
+                )
+                losses.append(torch.stack([parts.bound.sum() * self.run.schedule.num_steps, parts.l_x0.sum()]))
         bound, x_0 = (torch.stack(losses).sum(0) / len(items)).tolist()
         return Validation(metrics={"bound": bound, "x_0": x_0}, preview=self._preview(network, device))
 
@@ -295,7 +306,8 @@ def train_denoiser(
     output, cache = options.output, options.output / "cache"
     with joined(options.device) as processes:
         told = options if processes.first else options.silent()
-        with processes.together():
+        full_told = partial(full_memory_told, partial(_no_room_to_prepare, processes.device))
+        with processes.together(), full_told():
             if processes.first:
                 check_output(output, options.resume)
             choose_dtype(processes.device, run.training.precision)
@@ -303,8 +315,9 @@ def train_denoiser(
             parts, _ = load_tokenizer(tokenizer_folder)
             check_tokenizer(run.denoiser, parts)
             parts.to(processes.device)
-        examples = examples_of(sources, index, parts, tokens, processes, told)
-        with processes.first_goes_first():
+        with full_told():
+            examples = examples_of(sources, index, parts, tokens, processes, told)
+        with processes.first_goes_first(), full_told():
             keep_pictures(output, examples.contents_digest, len(examples))
             data = prepare(examples, index, run.conditioning.k, cache, told.report)
             training, validation = data.split(validation_count(len(data)))
@@ -314,6 +327,13 @@ def train_denoiser(
             if init is not None:
                 objective.start_from(resolve_model(init))
         return train(objective, training, run.training, told, processes)
+
+
+def _no_room_to_prepare(device: torch.device) -> TrainingError:
+    return TrainingError(
+        f"memory ran out on {device_name(device)} while the images' tokens and neighbors were prepared: free it of other "
+        "programs, or prepare them with --device cpu --max-minutes 1, then go on with --resume on the GPU"
+    )
 
 
 def check_tokenizer(config: DenoiserConfig, tokenizer: Tokenizer) -> None:

@@ -56,7 +56,8 @@ def train(
     Args: processes: those that share the work, all with the same arguments; None for this one alone.
 
     Raises: UsageError when the output holds another run and is not to be resumed, or the objective cannot be cut as the
-        configuration asks; TrainingError when a loss is not finite; PeerError when that was said by another process.
+        configuration asks; TrainingError when a loss is not finite or the device's memory does not suffice; PeerError when that
+        was said by another process.
     """
     processes = processes or Processes(device=choose_device(options.device))
     with processes.together():
@@ -64,8 +65,16 @@ def train(
             raise TrainingError("expected images to train on, got none: check --images")
         check_output(options.output, options.resume)
         run = begin(objective, config, options.output, processes)
-        _resume(run, options)
-    warm_up(run, dataset)
+        with run.memory.running():
+            _resume(run, options)
+    with run.memory.running():
+        warm_up(run, dataset)
+        return _steps(run, dataset, options)
+
+
+def _steps(run: Run, dataset: Dataset, options: RunOptions) -> TrainingResult:
+    """What is left of a run."""
+    config = run.config
     started = time.monotonic()
     metrics: dict[str, float] = {}
     ahead = Ahead(partial(own_rows, run, dataset), config.num_steps)

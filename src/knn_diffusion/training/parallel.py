@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from knn_diffusion.errors import ConfigError, UsageError
+from knn_diffusion.training.activations import Activations
 from knn_diffusion.training.processes import Processes
 
 ParallelKind = Literal["ddp", "fsdp"]
@@ -44,6 +45,9 @@ class Divisible(Protocol):
 
     def recompute_activations(self) -> None:
         """Let the network keep less for the backward pass, and compute it again there."""
+
+    def activations(self, *, bfloat16: bool, recomputed: bool) -> Activations:
+        """How much memory a pass takes in bfloat16 or float32, with or without recomputed activations."""
 
 
 @dataclass(slots=True)

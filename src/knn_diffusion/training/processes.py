@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from knn_diffusion.device import choose_device
@@ -81,6 +81,10 @@ class Processes:
         padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(padded, torch.nn.functional.pad(said, (0, longest - len(said))), group=self.control)
         return [bytes(text.tolist()).rstrip(b"\0").decode() for text in padded]
+
+    def claim(self, what: str) -> bool:
+        """Whether this process is the first of the run that claims this; asked without waiting for the others."""
+        return self.size == 1 or bool(_get_default_store().add(what, 1) == 1)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from knn_diffusion.errors import TrainingError
 from knn_diffusion.randomness import BatchGenerator
 from knn_diffusion.training.checkpoints import RunState
 from knn_diffusion.training.data import Batch, Dataset
+from knn_diffusion.training.memory import MemoryWatch
 from knn_diffusion.training.objective import Objective, Phase
 from knn_diffusion.training.parallel import Divisible, Parallel, check_divisible, spread, whole_tensor
 from knn_diffusion.training.plan import TrainingConfig, batch_indices, learning_rate
@@ -37,6 +38,7 @@ class Run:
     config: TrainingConfig
     processes: Processes
     output: Path
+    memory: MemoryWatch
     step: int = 0
 
     @property
@@ -48,24 +50,28 @@ class Run:
 def begin(objective: Objective, config: TrainingConfig, output: Path, processes: Processes) -> Run:
     """A run before its first step, on its device and spread over its processes.
 
-    Raises: UsageError or ConfigError when it cannot be cut as the configuration asks.
+    Raises: UsageError or ConfigError when it cannot be cut or computed as the configuration asks; TrainingError when the
+        device's memory does not suffice.
     """
     cut = config.activation_checkpointing or (config.micro_batch_size or config.batch_size) < config.batch_size
     check_divisible(objective, batch_size=config.batch_size, cut=cut, processes=processes)
-    objective.modules.to(processes.device)
-    if config.activation_checkpointing and isinstance(objective, Divisible):
-        objective.recompute_activations()
+    memory = MemoryWatch(objective, config, processes)
+    memory.check()
 
     def averaged(network: nn.Module) -> AveragedModel:
         return AveragedModel(network, multi_avg_fn=_ema(config.ema_decay))
 
-    if processes.size == 1:
-        parallel, average = Parallel(), averaged(objective.network)
-    else:
-        parallel, average = spread(objective, averaged, config.parallel, processes)
+    with memory.running():
+        objective.modules.to(processes.device)
+        if config.activation_checkpointing and isinstance(objective, Divisible):
+            objective.recompute_activations()
+        if processes.size == 1:
+            parallel, average = Parallel(), averaged(objective.network)
+        else:
+            parallel, average = spread(objective, averaged, config.parallel, processes)
     phases = objective.phases()
     optimizers: dict[str, torch.optim.Optimizer] = {phase.name: _optimizer(phase, config) for phase in phases}
-    return Run(objective, phases, optimizers, average, parallel, config, processes, output)
+    return Run(objective, phases, optimizers, average, parallel, config, processes, output, memory)
 
 
 def take_step(run: Run, batch: Batch) -> dict[str, float]:

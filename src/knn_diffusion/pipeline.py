@@ -14,15 +14,23 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Unpack, overload
+from typing import Concatenate, ParamSpec, TypeVar, Unpack, overload
 
 import torch
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from knn_diffusion.device import choose_device, choose_dtype
+from knn_diffusion.device import (
+    binary_size,
+    choose_device,
+    choose_dtype,
+    computes_bfloat16,
+    device_name,
+    full_memory_told,
+)
 from knn_diffusion.diffusion.conditioning import (
     make_condition,
     replace_first_neighbor,
@@ -31,7 +39,7 @@ from knn_diffusion.diffusion.conditioning import (
 )
 from knn_diffusion.diffusion.process import q_sample
 from knn_diffusion.diffusion.sampling import StepInfo, sample
-from knn_diffusion.errors import FingerprintError, StoreError, UsageError
+from knn_diffusion.errors import FingerprintError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.hub import check_hub_id, is_hub_id, send
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import from_array, open_image, pixels_from_uint8, square, to_array, uint8_from_pixels
@@ -58,6 +66,21 @@ Begin = tuple[Int[Tensor, "1 seq"], int]
 """Where an edit starts: the clean tokens of the reference, and the step they are noised to."""
 
 
+P, R = ParamSpec("P"), TypeVar("R")
+Method = Callable[Concatenate["KnnDiffusion", P], R]
+
+
+def _memory_told(method: Method[P, R]) -> Method[P, R]:
+    """The method with a line for a device whose memory runs out."""
+
+    @wraps(method)
+    def told(pipe: KnnDiffusion, *args: P.args, **kwargs: P.kwargs) -> R:
+        with full_memory_told(pipe._memory_ran_out):
+            return method(pipe, *args, **kwargs)
+
+    return told
+
+
 class KnnDiffusion:
     """A model with the index it retrieves from. A request changes neither; `index.add` changes only the index.
 
@@ -77,8 +100,9 @@ class KnnDiffusion:
         self.model = model
         self.device = choose_device(device)
         self.dtype = choose_dtype(self.device, dtype)
-        self.denoiser = deepcopy(model.denoiser).to(self.device, self.dtype).eval().requires_grad_(False)
-        self.tokenizer = deepcopy(model.tokenizer).to(self.device)
+        with full_memory_told(self._too_small):
+            self.denoiser = deepcopy(model.denoiser).to(self.device, self.dtype).eval().requires_grad_(False)
+            self.tokenizer = deepcopy(model.tokenizer).to(self.device)
         self.null: Tensor | None = None  # y' = 0
         if model.reads_text:
             null = text_states(model.encoder, [""])[0] if model.null is None else model.null
@@ -179,6 +203,7 @@ class KnnDiffusion:
         x_0 = self.draw(condition, range(request.num_images), request)
         return self._output(prompt, self.decode(x_0), neighbors, request, started)
 
+    @_memory_told
     def edit(
         self, image: Image.Image | str | Path, prompt: str, strength: float = 0.6, **settings: Unpack[Settings]
     ) -> Output:
@@ -237,6 +262,7 @@ class KnnDiffusion:
         weighed = weigh_query(torch.from_numpy(query), embeddings, request.query_weight)
         return make_condition(weighed, embeddings, present), neighbors
 
+    @_memory_told
     @torch.inference_mode()
     def draw(
         self, condition: Condition, numbers: Sequence[int], request: Request, begin: Begin | None = None
@@ -289,6 +315,7 @@ class KnnDiffusion:
             device=self.device,
         )
 
+    @_memory_told
     @torch.inference_mode()
     def decode(self, tokens: Tokens) -> list[Image.Image]:
         """Algorithm 2, line 11, in batches of the same fixed size."""
@@ -335,6 +362,27 @@ class KnnDiffusion:
         if self._index is not None:
             self._index.save(folder / "index", sealed=sealed)
 
+    def _memory_ran_out(self) -> KnnDiffusionError:
+        cures = [f"set pipe.micro_batch = {self.micro_batch // 2}"] if self.micro_batch > 1 else []
+        cures += self._lighter()
+        images = "1 image" if self.micro_batch == 1 else f"{self.micro_batch} images at once"
+        return KnnDiffusionError(
+            f"memory ran out on {device_name(self.device)} while drawing {images} in {_name(self.dtype)}: "
+            f"free it of other programs, or {', or '.join(cures)}"
+        )
+
+    def _too_small(self) -> KnnDiffusionError:
+        weights = sum(parameter.numel() for parameter in self.model.denoiser.parameters()) * self.dtype.itemsize
+        return KnnDiffusionError(
+            f"expected {binary_size(weights)} of memory on {device_name(self.device)} for the denoiser in "
+            f"{_name(self.dtype)}, and some for the tokenizer, got less: free it of other programs, or "
+            f"{', or '.join(self._lighter())}"
+        )
+
+    def _lighter(self) -> list[str]:
+        halves = self.dtype == torch.float32 and computes_bfloat16(self.device)
+        return [*(['use dtype="bfloat16"'] if halves else []), "compute on --device cpu"]
+
     def _embed_image(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(self.model.encoder.encode_images([image]))
 
@@ -354,6 +402,10 @@ class KnnDiffusion:
             model=self.model.name,
             seconds=round(time.monotonic() - started, 3),
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _every_row(condition: Condition, count: int, device: torch.device) -> Condition:

@@ -87,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         return _fail(_describe(error), 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name
+            raise
+        return _fail("memory ran out on the GPU: free it of other programs, or compute on --device cpu", 1)
 
 
 def spread_values(arguments: Sequence[str]) -> list[str]:

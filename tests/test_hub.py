@@ -23,9 +23,17 @@ from tiny_world import build_model, draw_pictures, same_pixels
 
 from knn_diffusion import ImageIndex, KnnDiffusion
 from knn_diffusion.cli import main
-from knn_diffusion.errors import CheckpointError, HubError, KnnDiffusionError, MissingDependencyError, UsageError
+from knn_diffusion.errors import (
+    CheckpointError,
+    FingerprintError,
+    HubError,
+    KnnDiffusionError,
+    MissingDependencyError,
+    StoreError,
+    UsageError,
+)
 from knn_diffusion.hub import fetch, is_hub_id
-from knn_diffusion.models.encoders import load_encoder
+from knn_diffusion.models.encoders import JointEncoder, load_encoder
 
 NAME = "someone/tiny"
 
@@ -163,6 +171,101 @@ def test_the_command_line_draws_and_pushes(
     for name in ("mine", "me/mine/more", "-me/mine"):
         assert main(["push", "--", str(model), name]) == 2
         assert "expected owner/name of a repository" in capsys.readouterr().err
+
+
+# Indexes
+
+
+@pytest.fixture
+def photos(hub: TinyHub, model: Path) -> TinyHub:
+    """A hub with an index beside its encoder, another that lies open in its repository, and what strangers put beside."""
+    for part in ("index", "encoder"):
+        shutil.copytree(model / part, hub.folder("me/photos") / part)
+    shutil.copytree(model / "index", hub.folder("me/plain"))
+    for stray in ("me/photos/index/cache.pkl", "me/plain/search.py", "me/plain/cells/part.bin"):
+        (hub.place / stray).parent.mkdir(exist_ok=True)
+        (hub.place / stray).write_bytes(b"anything")
+    return hub
+
+
+@pytest.mark.parametrize("name", ["me/photos", "me/plain"])
+def test_a_model_draws_from_an_index_of_the_hub(
+    photos: TinyHub, model: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = KnnDiffusion.from_pretrained(model, index=name, device="cpu")
+    assert same_pixels(there("a cat").images[0], KnnDiffusion.from_pretrained(model, device="cpu")("a cat").images[0])
+    assert there.index.read_only
+    assert {Path(file).name for file in photos.fetched()} == {
+        path.name for path in (model / "index").rglob("*") if path.is_file()
+    }
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    photos.asked.clear()
+    with ImageIndex.open(name, there.model.encoder) as again:
+        assert (len(again), photos.asked) == (12, [])
+
+
+def test_the_encoder_beside_an_index_is_fetched_when_it_is_needed(
+    photos: TinyHub, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["index", "info", "me/photos", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["read_only"]
+    assert not any(name.startswith("encoder/") for name in photos.fetched())
+    (photos.folder("me/photos") / "notes.txt").write_text("a newer state")
+    assert main(["index", "search", "me/photos", "--text", "a red heart", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["neighbors"]
+    assert any(name.startswith("encoder/") for name in photos.fetched())
+    with ImageIndex.open(model / "index") as here:
+        assert [one["id"] for one in found] == here.search_text("a red heart", 10).ids[0]
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    with ImageIndex.open("me/photos").overlay() as over:
+        assert over.search_text("a red heart", 10).ids[0] == [one["id"] for one in found]
+
+
+def test_an_index_of_the_hub_is_not_changed(photos: TinyHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["index", "add", "me/photos", "pictures"]) == 1
+    assert "got me/photos, which is no folder here and on the hub not to be changed" in capsys.readouterr().err
+    assert photos.asked == []
+    index = ImageIndex.open("me/plain", tiny_encoder_of("me/photos", photos))
+    index.add(some_images(2))
+    assert (len(index), len(ImageIndex.open("me/plain"))) == (14, 12)
+    with pytest.raises(StoreError, match="read-only"):
+        index.compact()
+
+
+def tiny_encoder_of(repository: str, hub: TinyHub) -> JointEncoder:
+    return load_encoder(hub.folder(repository) / "encoder")
+
+
+def test_a_repository_without_an_index_and_one_of_another_encoder_are_lines(
+    photos: TinyHub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos.folder("me/photos") / "index" / "store.sqlite").unlink()
+    assert main(["index", "search", "me/photos", "--text", "a cat"]) == 1
+    assert (
+        "expected index/store.sqlite or store.sqlite in me/photos, the repository has none" in capsys.readouterr().err
+    )
+    assert main(["index", "info", "no/such"]) == 1
+    assert "there is none that you may see, and no such folder here" in capsys.readouterr().err
+    other = build_model(tmp_path / "other", seed=9)
+    with pytest.raises(FingerprintError, match=r"was built with tiny .*, the encoder is tiny"):
+        KnnDiffusion.from_pretrained(other, index="me/plain", device="cpu")
+
+
+def test_a_path_is_never_taken_for_an_index_of_the_hub(photos: TinyHub, tmp_path: Path) -> None:
+    (tmp_path / "me").mkdir()
+    for name in ("me/photos", "photos", "./you/photos", Path("you/photos")):
+        with pytest.raises(StoreError, match="expected an image index in"):
+            ImageIndex.open(name)
+    assert photos.asked == []
+
+
+def test_a_damaged_index_of_the_hub_is_noticed(photos: TinyHub, model: Path) -> None:
+    (path,) = photos.folder("me/plain").glob("segments/*.embeddings.npy")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="damaged"):
+        KnnDiffusion.from_pretrained(model, index="me/plain", device="cpu")("a cat")
 
 
 # What can go wrong

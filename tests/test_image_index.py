@@ -21,9 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from PIL import Image
 
 from knn_diffusion.errors import FingerprintError, ImageError, KnnDiffusionError, StoreError, UsageError
-from knn_diffusion.image_index import AddReport, ImageIndex, content_digest, embedding, ingest
+from knn_diffusion.image_index import AddReport, ImageIndex, content_digest, embedding, ingest, shared
 from knn_diffusion.image_index import encoder as encoder_module
-from knn_diffusion.image_index import index as module
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
@@ -341,7 +340,7 @@ def test_a_sealed_index_takes_additions_in_memory_until_saved_elsewhere(photos: 
 
 
 def test_a_bundled_index_opens_by_its_name(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BUNDLES", tmp_path)
+    monkeypatch.setattr(shared, "BUNDLES", tmp_path)
     ImageIndex.build([photos], tmp_path / "toy" / "index", ENCODER).close()
     with ImageIndex.open("toy", ENCODER) as index:
         assert len(index) == 11

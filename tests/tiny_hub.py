@@ -37,6 +37,8 @@ class TinyHub:
     """Paths of all requests, in order."""
     status: int = 200
     """Any other is the answer to everything."""
+    commits: set[str] = field(default_factory=set)
+    """Of all states that were asked about; files are those of now, whichever is asked for."""
 
     def folder(self, repository: str) -> Path:
         return self.place / repository
@@ -51,8 +53,9 @@ class TinyHub:
         if not self.folder(repository).is_dir():
             return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
         tree = json.dumps(self._tree(repository)).encode()
-        commit = hashlib.sha1(tree).hexdigest()
-        if rest[1:2] not in (["main"], ["v1"], [commit]):
+        commit = rest[1] if rest[1] in self.commits else hashlib.sha1(tree).hexdigest()
+        self.commits.add(commit)
+        if rest[1] not in ("main", "v1", commit):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         if rest[0] == "revision":
             return 200, {}, json.dumps({"id": repository, "sha": commit, "siblings": []}).encode()

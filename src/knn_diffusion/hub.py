@@ -19,6 +19,8 @@ from knn_diffusion.errors import HubError, KnnDiffusionError, MissingDependencyE
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LOG_IN = "log in with `hf auth login`"
 
+PART_ENDINGS = (".json", ".safetensors", ".txt", ".model", "NOTICE")
+
 logger = logging.getLogger(__name__)
 
 
@@ -27,28 +29,39 @@ def is_hub_id(name: str | Path) -> bool:
     return isinstance(name, str) and HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
 
 
+def part_files(part: str) -> list[str]:
+    """Patterns of what a part of a model is made of; a star stands for folders too."""
+    return [f"{part}/*{ending}" for ending in PART_ENDINGS]
+
+
 def fetch(
-    repository: str, files: Sequence[str], *, needs: str, revision: str | None = None, network: bool = True
+    repository: str,
+    files: Sequence[str],
+    *,
+    needs: str | Sequence[str],
+    revision: str | None = None,
+    network: bool = True,
 ) -> Path:
     """The folder of a repository in the cache, downloaded where it is not there yet; a line says so.
 
     Args:
         files: patterns of what is downloaded.
-        needs: a file without which the folder is not what the caller looks for.
+        needs: a file without which the folder is not what the caller looks for, or several of which one suffices.
         revision: branch, tag or commit; None is the main branch, as it was when the cache got it.
         network: whether it may be downloaded.
 
     Raises: HubError when it is not there, may not be read or cannot be reached; KnnDiffusionError when the disk is full;
         MissingDependencyError without huggingface_hub.
     """
-    hub = _library()
+    hub = _library(repository)
     asked = {"revision": revision, "allow_patterns": list(files)}
     with _translated_errors(hub, repository, revision):
         try:
             folder = Path(hub.snapshot_download(repository, local_files_only=True, **asked))
         except hub.errors.LocalEntryNotFoundError:
             folder = None
-    if folder is not None and (folder / needs).is_file():
+    wanted = [needs] if isinstance(needs, str) else needs
+    if folder is not None and any((folder / name).is_file() for name in wanted):
         return folder
     if not network:
         raise HubError(
@@ -58,8 +71,10 @@ def fetch(
     logger.warning("downloading %s%s from %s", repository, f" ({revision})" if revision else "", hub.constants.ENDPOINT)
     with _translated_errors(hub, repository, revision):
         folder = Path(hub.snapshot_download(repository, **asked))
-    if not (folder / needs).is_file():
-        raise HubError(f"expected {needs} in {repository}, the repository has none: choose another repository")
+    if not any((folder / name).is_file() for name in wanted):
+        raise HubError(
+            f"expected {' or '.join(wanted)} in {repository}, the repository has none: choose another repository"
+        )
     return folder
 
 
@@ -76,7 +91,7 @@ def send(
     Raises: UsageError for a name that is not `owner/name`; else as `fetch`.
     """
     check_hub_id(repository)
-    hub = _library()
+    hub = _library(repository)
     with _translated_errors(hub, repository, revision):
         api = hub.HfApi()
         api.create_repo(repository, private=private or None, exist_ok=True)
@@ -97,14 +112,15 @@ def check_hub_id(name: str) -> None:
         raise UsageError(f"expected owner/name of a repository on the hub, got {name!r}: write it like me/my-model")
 
 
-def _library() -> Any:
+def _library(repository: str) -> Any:
     try:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError:
         raise MissingDependencyError(
-            "expected huggingface_hub for models of the hub, it is not installed: pip install 'knn-diffusion[hub]'"
+            f"expected huggingface_hub for {repository}, which is no folder here and may be on the hub, it is not installed: "
+            "check the path, or pip install 'knn-diffusion[hub]'"
         ) from None
     return huggingface_hub
 
@@ -133,7 +149,8 @@ def _described(hub: Any, error: Exception, repository: str, revision: str | None
         return HubError(f"expected the revision {revision} of {repository}, there is none: see {page}/commits/main")
     if isinstance(error, errors.RepositoryNotFoundError):
         return HubError(
-            f"expected the repository {repository} on the hub, there is none that you may see: check the name, or {LOG_IN}"
+            f"expected the repository {repository} on the hub, there is none that you may see, and no such folder here: "
+            f"check the name, or {LOG_IN}"
         )
     if status in (401, 403):
         return HubError(

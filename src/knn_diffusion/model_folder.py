@@ -36,7 +36,7 @@ from knn_diffusion.diffusion.conditioning import MAX_QUERY_WEIGHT
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, UsageError
-from knn_diffusion.hub import fetch, is_hub_id
+from knn_diffusion.hub import fetch, is_hub_id, part_files
 from knn_diffusion.model_card import model_card
 from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
 from knn_diffusion.models.encoders import JointEncoder, load_encoder, save_encoder
@@ -50,7 +50,7 @@ PARTS = ("encoder", "tokenizer", "denoiser")
 MODEL_FILES = (
     PIPELINE_FILE,
     "README.md",
-    *(f"{part}/*{ending}" for part in PARTS for ending in (".json", ".safetensors", ".txt", ".model", "NOTICE")),
+    *(pattern for part in PARTS for pattern in part_files(part)),
     "index/store.sqlite",
     "index/segments/*.npy",
 )

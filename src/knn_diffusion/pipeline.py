@@ -124,7 +124,8 @@ class KnnDiffusion:
     ) -> KnnDiffusion:
         """A bundled model ("stickers"), a model folder or one of the hub ("owner/name"), with its own index or the given one.
 
-        A model of the hub is downloaded unless it is in the hub's cache; what is added to its index stays in memory.
+        Models and indexes of the hub are downloaded unless they are in its cache; what is added to such an index stays in
+        memory.
 
         Args:
             revision: branch, tag or commit of a model of the hub.

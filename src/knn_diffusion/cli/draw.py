@@ -25,7 +25,10 @@ RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a model of the hub.", show_default="main")
 ]
 IndexOption = Annotated[
-    str | None, typer.Option("--index", help="Images to retrieve from, instead of the model's own.")
+    str | None,
+    typer.Option(
+        "--index", help="Images to retrieve from, instead of the model's own: folder, bundled name, owner/name."
+    ),
 ]
 ImagesOption = Annotated[int, typer.Option("--num-images", "-n", help="Images for each prompt.")]
 NeighborsOption = Annotated[int | None, typer.Option("-k", help="Neighbors to retrieve.", show_default=MODELS_OWN)]

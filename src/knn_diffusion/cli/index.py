@@ -22,7 +22,9 @@ SEARCHED = 10
 
 app = typer.Typer(help="Build, change and search the images a model retrieves from.")
 
-IndexArgument = Annotated[str, typer.Argument(metavar="INDEX", help="Folder or bundled name.", show_default=False)]
+IndexArgument = Annotated[
+    str, typer.Argument(metavar="INDEX", help="Folder, bundled name or owner/name on the hub.", show_default=False)
+]
 ImagesArgument = Annotated[
     list[str], typer.Argument(metavar="IMAGES...", help="Folders, files, tar shards, parquet.", show_default=False)
 ]
@@ -245,8 +247,14 @@ def _tokens(folder: Path | None, tokenizer: Path | None) -> TokenOutput | None:
 
 def changeable(index: str) -> ImageIndex:
     """The index of that name, opened to be changed. Raises: StoreError when it is read-only."""
+    from knn_diffusion.hub import is_hub_id
     from knn_diffusion.image_index import ImageIndex
 
+    if is_hub_id(index):
+        raise StoreError(
+            f"expected an index that can be changed, got {index}, which is no folder here and on the hub not to be changed: "
+            "check the path, or build one of your own (knn-diffusion index build)"
+        )
     opened = ImageIndex.open(index)
     if opened.read_only:
         raise StoreError(

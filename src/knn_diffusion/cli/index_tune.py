@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from knn_diffusion.cli.index import IndexArgument
 from knn_diffusion.cli.terminal import JsonOption, answer, progress
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ SampleOption = Annotated[int, typer.Option("--sample", help="Images of the index
 
 
 def tune(
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="Folder or bundled name.", show_default=False)],
+    index: IndexArgument,
     *,
     texts: TextsOption = None,
     target: Annotated[float, typer.Option("--recall", help="Share of the nearest images to find.")] = 0.95,
@@ -51,7 +52,7 @@ def tune(
 
 
 def report(
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="Folder or bundled name.", show_default=False)],
+    index: IndexArgument,
     *,
     texts: TextsOption = None,
     k: KOption = 10,

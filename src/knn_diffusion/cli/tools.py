@@ -76,7 +76,10 @@ def evaluate(
     *,
     revision: RevisionOption = None,
     index: Annotated[
-        str | None, typer.Option("--index", help="Images to retrieve from, instead of the model's own.")
+        str | None,
+        typer.Option(
+            "--index", help="Images to retrieve from, instead of the model's own: folder, bundled name, owner/name."
+        ),
     ] = None,
     only: Annotated[
         list[str] | None,

@@ -113,7 +113,14 @@ def denoiser(
     *,
     images: ImagesOption = None,
     output: OutputOption,
-    index: Annotated[str, typer.Option("--index", help="Index with the neighbors of the images.", show_default=False)],
+    index: Annotated[
+        str,
+        typer.Option(
+            "--index",
+            help="Index with the neighbors of the images: folder, bundled name, owner/name.",
+            show_default=False,
+        ),
+    ],
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Folder of a trained tokenizer.")] = None,
     tokens: Annotated[
         Path | None,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from knn_diffusion.errors import FingerprintError
 from knn_diffusion.hub import is_hub_id
+from knn_diffusion.image_index.shared import Place
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
 
@@ -22,15 +23,15 @@ PLACE = "encoder_place"
 class IndexEncoder:
     """The encoder of a store: as given, else from the model folder around the store, else from where it was last."""
 
-    def __init__(self, store: Store, given: AnyEncoder | None) -> None:
-        self._store, self._lock = store, threading.Lock()
-        self._place = given if isinstance(given, str | Path) else None
+    def __init__(self, store: Store, given: AnyEncoder | None, place: Place | None = None) -> None:
+        self._store, self._lock, self.place = store, threading.Lock(), place
+        self._named = given if isinstance(given, str | Path) else None
         self._loaded = None if given is None or isinstance(given, str | Path) else checked(given, store)
 
     @property
     def given(self) -> AnyEncoder | None:
         """The encoder if it is loaded, else what was given; to open the same index with again."""
-        return self._loaded or self._place
+        return self._loaded or self._named
 
     def load(self) -> JointEncoder:
         """The encoder, loaded once.
@@ -40,14 +41,17 @@ class IndexEncoder:
         with self._lock:
             if self._loaded is None:
                 refuse_unknown(self._store)
-                place = self._neighboring() or self._store.setting(PLACE) or self._store.encoder.name
-                self._loaded = checked(loaded(self._place) if self._place else load_encoder(place), self._store)
+                found = loaded(self._named) if self._named else load_encoder(self._remembered())
+                self._loaded = checked(found, self._store)
             return self._loaded
 
-    def _neighboring(self) -> Path | None:
-        """The encoder of the model folder that the index lies in."""
-        place = self._store.folder.parent / "encoder" if self._store.folder is not None else None
-        return place if place is not None and place.is_dir() else None
+    def _remembered(self) -> str | Path:
+        """The encoder of the model folder that the index lies in, else where it was when the index was built."""
+        if self.place is not None:
+            self.place.fetch_encoder()
+        if self._store.folder is not None and (beside := self._store.folder.parent / "encoder").is_dir():
+            return beside
+        return self._store.setting(PLACE) or self._store.encoder.name
 
 
 def loaded(encoder: AnyEncoder) -> JointEncoder:

@@ -31,13 +31,13 @@ from knn_diffusion.image_index.exclusion import Excluded, per_query
 from knn_diffusion.image_index.ingest import AddReport, Images, find_sources
 from knn_diffusion.image_index.metadata_table import Tables
 from knn_diffusion.image_index.settings import keep_reach, keep_rule, stored_rule, stored_settings
+from knn_diffusion.image_index.shared import Place, find_index
 from knn_diffusion.image_index.table import EmbeddingTable, places_of
 from knn_diffusion.image_index.tokenizing import TokenOutput, tokenize_units
 from knn_diffusion.image_index.upkeep import Upkeep, require_writable
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.compaction import Waste
-from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.drift import Drift, drift
 from knn_diffusion.retrieval.index import LocalRetriever
@@ -59,19 +59,23 @@ from knn_diffusion.retrieval.store import Store
 from knn_diffusion.shapes import Neighbors
 from knn_diffusion.tokens import TokenFolder, Tokenize, Unit
 
-BUNDLES = Path(__file__).parent.parent / "bundles"
-
 
 class ImageIndex:
     """A folder of images that can be searched by text, by image and by vector.
 
-    Reads may come from any number of threads. An index that is read-only (inside the package, or without write
+    Reads may come from any number of threads. An index that is read-only (inside the package, of the hub, or without write
     permission) takes `add` and `remove` in memory only; `save` keeps them elsewhere.
     """
 
-    def __init__(self, store: Store, encoder: AnyEncoder | None = None, settings: IndexConfig | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        encoder: AnyEncoder | None = None,
+        settings: IndexConfig | None = None,
+        place: Place | None = None,
+    ) -> None:
         self._store = store
-        self._encoder = IndexEncoder(store, encoder)
+        self._encoder = IndexEncoder(store, encoder, place)
         self._retriever = LocalRetriever(store, settings or stored_settings(store), stored_rule(store))
         self.report: AddReport | None = None
         """What `build` did with its images."""
@@ -144,14 +148,19 @@ class ImageIndex:
         read_only: bool = False,
         settings: IndexConfig | None = None,
     ) -> ImageIndex:
-        """The index in a folder, or the bundled one of that name.
+        """The index in a folder, the bundled one of that name, or one of the hub ("owner/name").
+
+        One of the hub is downloaded unless it is in the hub's cache, and opens read-only.
 
         Args:
             encoder: the one the index was built with; None loads it when first needed.
 
-        Raises: StoreError when there is no sound index; FingerprintError when it was built with another encoder.
+        Raises: StoreError when there is no sound index; FingerprintError when it was built with another encoder; HubError
+        when the hub does not have it or cannot be reached.
         """
-        return cls._opened(Store.open(_resolve(path), read_only=read_only), encoder, settings)
+        place = find_index(path)
+        store = Store.open(place.folder, read_only=read_only or place.repository is not None)
+        return cls._opened(store, encoder, settings, place)
 
     @classmethod
     def import_embeddings(
@@ -367,7 +376,9 @@ class ImageIndex:
         """
         if self._store.folder is None:
             raise StoreError("expected an index in a folder to lay changes over, this one is in memory: save it first")
-        return ImageIndex.open(self._store.folder, self._encoder.given, read_only=True)
+        return self._opened(
+            Store.open(self._store.folder, read_only=True), self._encoder.given, None, self._encoder.place
+        )
 
     def close(self) -> None:
         """Leave no journal beside the database, after a compaction under way; the index cannot be used afterwards."""
@@ -574,10 +585,12 @@ class ImageIndex:
     # Inside
 
     @classmethod
-    def _opened(cls, store: Store, encoder: AnyEncoder | None, settings: IndexConfig | None) -> ImageIndex:
+    def _opened(
+        cls, store: Store, encoder: AnyEncoder | None, settings: IndexConfig | None, place: Place | None = None
+    ) -> ImageIndex:
         """The index of a store, which is closed when the encoder is another."""
         try:
-            return cls(store, encoder, settings)
+            return cls(store, encoder, settings, place)
         except BaseException:
             store.close()
             raise
@@ -585,9 +598,3 @@ class ImageIndex:
     def _look_after(self) -> None:
         if self.upkeep is not None:
             self.upkeep.look()
-
-
-def _resolve(path: str | Path) -> Path:
-    """The folder itself, or that of a bundled index."""
-    bundled = BUNDLES / str(path) / "index"
-    return bundled if not (Path(path) / DATABASE).is_file() and (bundled / DATABASE).is_file() else Path(path)

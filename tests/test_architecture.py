@@ -40,6 +40,7 @@ LAYERS = {
     "request": 4,
     "convert": 4,
     "pipeline": 5,
+    "assembly": 5,
     "training": 5,
     "presets": 6,
     "evaluation.examiner": 6,

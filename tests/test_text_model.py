@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_convert import STEPS, diffusers_transformer
+from test_convert import diffusers_transformer
 from test_convert_taming import vq_model
 from test_encoders import published
 from tiny_world import tiny_encoder
@@ -24,7 +22,7 @@ from knn_diffusion.diffusion.sampling import SamplerConfig, sample
 from knn_diffusion.errors import CheckpointError, UsageError
 from knn_diffusion.model_folder import check_fit, load_model, write_pipeline_file
 from knn_diffusion.models.cross_attention import PreparedCondition
-from knn_diffusion.models.encoders import REGISTRY, load_encoder, save_encoder
+from knn_diffusion.models.encoders import load_encoder, save_encoder
 from knn_diffusion.models.text_states import NULL_FILE, text_states
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.shapes import Condition
@@ -135,16 +133,3 @@ def test_the_command_line_draws_with_it(world: Path, tmp_path: Path, capsys: pyt
     assert main([*command, "--device", "cpu"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["neighbors"], said["shortfall"], said["steps"], len(said["images"])) == ([], 0, 4, 1)
-
-
-def test_the_page_puts_a_whole_model_together(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "converting.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    for name, part in (("ithq/denoiser", "denoiser"), ("ithq/tokenizer", "tokenizer")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).symlink_to(world / "model" / part)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(REGISTRY, "openai/clip-vit-base-patch32", lambda network: load_encoder(world / "clip"))
-    names: dict[str, Any] = {}
-    exec(compile(block.replace("num_steps=100", f"num_steps={STEPS // 50}"), "example", "exec"), names)
-    assert (tmp_path / "heart.png").is_file()

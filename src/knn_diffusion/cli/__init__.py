@@ -22,6 +22,7 @@ from knn_diffusion.cli import (
     index_exchange,
     index_push,
     index_tune,
+    parts,
     tokenizer,
     tools,
     train,
@@ -51,7 +52,8 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.command("evaluate")(tools.evaluate)
 app.command("push")(tools.push)
 app.add_typer(tools.dataset_app, name="dataset")
-app.command("convert")(tools.convert)
+app.command("convert")(parts.convert)
+app.command("assemble")(parts.assemble)
 app.command("doctor")(tools.doctor)
 
 # typer ≥ 0.26 carries its own click, older ones use the package: both are reached through the class typer exports.

@@ -1,4 +1,4 @@
-"""`evaluate`, `push`, `dataset stickers`, `convert` and `doctor`."""
+"""`evaluate`, `push`, `dataset stickers` and `doctor`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,6 @@ class Split(StrEnum):
     TRAIN = "train"
     HELD_OUT = "held-out"
     ALL = "all"
-
-
-class PartName(StrEnum):
-    """The parts that a checkpoint can hold."""
-
-    DENOISER = "denoiser"
-    TOKENIZER = "tokenizer"
-
-
-class Quantizer(StrEnum):
-    """How a tokenizer chooses codes where the checkpoint does not tell."""
-
-    NEAREST = "nearest"
-    PRODUCT = "product"
 
 
 @dataset_app.callback()
@@ -151,66 +137,6 @@ def push(
     pipe = KnnDiffusion.from_pretrained(model, index=index, device="cpu")
     place = pipe.push_to_hub(repository, private=private, revision=revision)
     answer({"repository": repository, "url": place}, as_json, lambda: iter([place]))
-
-
-def convert(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="A .pth, .ckpt, .bin or .safetensors, or a folder of diffusers'; with --codes also a tokenizer of ours.",
-            show_default=False,
-        ),
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder of the part.", show_default=False)],
-    *,
-    part: Annotated[
-        PartName | None,
-        typer.Option("--part", help="Which part of a checkpoint that holds both.", show_default="denoiser"),
-    ] = None,
-    heads: Annotated[
-        int | None,
-        typer.Option(
-            "--heads",
-            help="Attention heads of a denoiser, where the checkpoint does not tell.",
-            min=1,
-            show_default="16",
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option("--image-size", help="Side in pixels of a tokenizer's images.", min=1, show_default="256"),
-    ] = None,
-    quantizer: Annotated[
-        Quantizer | None,
-        typer.Option("--quantizer", help="How a tokenizer chooses codes: product for IBQ.", show_default="nearest"),
-    ] = None,
-    codes: Annotated[
-        Path | None,
-        typer.Option(
-            "--codes", help="Keep only these codes of a tokenizer: a file of count-codes or VQ-Diffusion's map."
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Turn a checkpoint of VQ-Diffusion or taming-transformers into a part of this package; no code of the file is run.
-
-    Example: knn-diffusion convert coco_pretrained.pth coco/denoiser
-    """
-    from knn_diffusion.convert.part import convert as write_part
-
-    named: Any = None if part is None else part.value
-    product = None if quantizer is None else quantizer is Quantizer.PRODUCT
-    made = write_part(checkpoint, folder, part=named, heads=heads, image_size=image_size, product=product, codes=codes)
-
-    def lines() -> Iterator[str]:
-        yield f"recognized {made.recognized}: a {made.part} of {made.parameters:,} values, now in {folder}"
-        if made.null:
-            yield "the condition that it was trained with for guidance lies beside the weights"
-        if made.also:
-            yield f"the checkpoint also holds a {made.also}: convert it with --part {made.also}"
-
-    answer({"folder": str(folder.absolute()), **made.to_dict()}, as_json, lines)
 
 
 def doctor(as_json: JsonOption = False) -> None:

@@ -168,11 +168,8 @@ class CodeTraits(nn.Module):
         self.head = nn.Linear(config.width, config.patch_size**2 * traits, bias=False)
 
     def take(self, codes: Float[Tensor, "vocab code_dim"]) -> None:
-        """Read the traits off a codebook: each coordinate, then each squared, all brought to mean 0 and deviation 1."""
-        centered = codes - codes.mean(0)
-        traits = torch.cat([centered, centered.square()], dim=1)
-        traits = (traits - traits.mean(0)) / traits.std(0).clamp_min(1e-6)
-        self.traits.copy_(traits)
+        """Read the traits off a codebook."""
+        self.traits.copy_(traits_of(codes))
 
     def table_rows(self) -> Float[Tensor, "codes row"]:
         """To be added to the token table; [MASK] has no traits."""
@@ -182,6 +179,13 @@ class CodeTraits(nn.Module):
         """To be added to the weight of the head."""
         per_token = rearrange(self.head.weight, "(q t) w -> q t w", t=self.traits.shape[1])
         return torch.matmul(self.traits, per_token).flatten(0, 1)
+
+
+def traits_of(codes: Float[Tensor, "vocab code_dim"]) -> Float[Tensor, "vocab traits"]:
+    """Each coordinate of a codebook, then each squared, all brought to mean 0 and deviation 1."""
+    centered = codes - codes.mean(0)
+    traits = torch.cat([centered, centered.square()], dim=1)
+    return (traits - traits.mean(0)) / traits.std(0).clamp_min(1e-6)
 
 
 class Block(nn.Module):

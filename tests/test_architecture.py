@@ -30,6 +30,7 @@ LAYERS = {
     "models": 2,
     "retrieval": 2,
     "convert.legacy": 2,
+    "convert.shards": 2,
     "model_card": 3,
     "models.encoders": 3,
     "models.transformers_encoder": 3,

@@ -18,6 +18,7 @@ from huggingface_hub import constants as hub_constants
 from safetensors.torch import load_file
 from test_convert_legacy import Call
 from test_encoders import TEXTS, published, some_images
+from test_published_encoders import cut
 from tiny_hub import TinyHub, point_at, serving
 from tiny_world import build_model, draw_pictures, same_pixels
 
@@ -374,6 +375,31 @@ def test_pickled_weights_are_read_without_running_them(hub: TinyHub, tmp_path: P
     (folder / "model.safetensors").unlink()
     assert load_encoder("old/clip", network=True).fingerprint == whole
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_the_files_that_an_index_names_are_fetched_and_no_others(
+    hub: TinyHub, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = published(hub.folder("big/clip"), "clip")
+    whole = load_encoder(folder).fingerprint
+    index = cut(folder, ending)
+    for stray in ("modeling.py", f"model-00007-of-00009.{ending}", "tf_model.bin"):
+        (folder / stray).write_bytes(b"anything")
+    assert load_encoder("big/clip", network=True).fingerprint == whole
+    fetched = {name for name in hub.fetched() if name.endswith((".safetensors", ".bin", ".py"))}
+    assert fetched == set(json.loads(index.read_text())["weight_map"].values())
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    assert load_encoder("big/clip").fingerprint == whole
+
+
+def test_an_index_of_the_hub_that_names_other_places_fetches_nothing_more(hub: TinyHub) -> None:
+    folder = published(hub.folder("evil/clip"), "clip")
+    index = cut(folder)
+    index.write_text(json.dumps({"weight_map": {"logit_scale": "../../../../.ssh/id.bin"}}))
+    with pytest.raises(CheckpointError, match=r"files beside .*, it names '\.\./"):
+        load_encoder("evil/clip", network=True)
+    assert not any(name.endswith((".bin", ".safetensors")) for name in hub.fetched())
 
 
 def test_a_file_that_is_not_needed_is_not_missed(hub: TinyHub, model: Path) -> None:

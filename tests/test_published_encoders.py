@@ -187,12 +187,27 @@ def with_weights(folder: Path, change: Any) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_weights_in_several_files_are_read(own: Path) -> None:
-    before, weights = load_encoder(own).fingerprint, load_file(own / "model.safetensors")
+def cut(folder: Path, ending: str = "safetensors") -> Path:
+    """Put the weights into two files; returns their index."""
+    weights = load_file(folder / "model.safetensors")
+    stem, whole = ("model", "model.safetensors") if ending == "safetensors" else ("pytorch_model", "pytorch_model.bin")
+    places = {}
     for number in range(2):
-        some = {name: value for i, (name, value) in enumerate(weights.items()) if i % 2 == number}
-        save_file(some, own / f"model-{number + 1:05}-of-00002.safetensors")
-    (own / "model.safetensors").unlink()
+        file = f"{stem}-{number + 1:05}-of-00002.{ending}"
+        some = {name: value for i, (name, value) in enumerate(sorted(weights.items())) if i % 2 == number}
+        save_file(some, folder / file) if ending == "safetensors" else torch.save(some, folder / file)
+        places |= dict.fromkeys(some, file)
+    (folder / "model.safetensors").unlink()
+    index = folder / f"{whole}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_weights_in_several_files_are_read_by_their_index(own: Path, ending: str) -> None:
+    before = load_encoder(own).fingerprint
+    cut(own, ending)
+    (own / f"model-00003-of-00003.{ending}").write_bytes(b"left over")
     assert load_encoder(own).fingerprint == before
 
 
@@ -255,6 +270,54 @@ def test_wrong_weights_are_refused(tiny_clip: Path, change: Any, text: str) -> N
 def test_a_missing_file_is_one_line(tiny_clip: Path, name: str) -> None:
     (tiny_clip / name).unlink()
     with pytest.raises(CheckpointError) as caught:
+        load_encoder(tiny_clip)
+    assert "\n" not in str(caught.value)
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def spoil(places: dict[str, Any]) -> dict[str, Any]:
+    return places | {sorted(places)[0]: SECOND}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda places: places | {"logit_scale": "../../secret.safetensors"}, r"it names '\.\./\.\./secret"),
+        (lambda places: places | {"logit_scale": "/etc/secret.safetensors"}, r"files beside .*, it names '/etc/"),
+        (lambda places: places | {"logit_scale": "..\\secret.safetensors"}, "files beside .*, it names"),
+        (
+            lambda places: places | {"logit_scale": "modeling.py"},
+            r"names of \.safetensors or \.bin files .*'modeling\.py'",
+        ),
+        (lambda places: places | {"logit_scale": ["a"]}, "files beside .*, it names"),
+        (
+            lambda places: places | {"logit_scale": "model-00009-of-00002.safetensors"},
+            "1 are missing .first: model-00009",
+        ),
+        (lambda places: places | {"more": SECOND}, f"expected more in {SECOND}, as .*, it is not there"),
+        (spoil, f"in {SECOND} alone, as .* says, {FIRST} holds it too"),
+        (lambda places: {}, "it names none"),
+        (lambda places: [1, 2], "cannot be read .TypeError"),
+    ],
+)
+def test_an_index_that_cannot_be_right_is_one_line(tiny_clip: Path, change: Any, text: str) -> None:
+    index = cut(tiny_clip)
+    places = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": change(places)}))
+    with pytest.raises(CheckpointError, match=text) as caught:
+        load_encoder(tiny_clip)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "b.bin", "a": "c.bin"}}', "[" * 100_000, "\xff"]
+)
+def test_an_index_that_is_none_is_one_line(tiny_clip: Path, content: str) -> None:
+    index = cut(tiny_clip)
+    index.write_bytes(content.encode("latin1"))
+    with pytest.raises(CheckpointError, match=r"index\.json, it cannot be read .*: download it again") as caught:
         load_encoder(tiny_clip)
     assert "\n" not in str(caught.value)
 

@@ -1,7 +1,7 @@
 """CLIP, SigLIP and SigLIP 2 through transformers: from a folder as the Hugging Face hub has it, read without running any of it.
 
-transformers builds the network and prepares images and texts. Its weights are read here, from safetensors or, where a
-repository has none, by the reader of `convert.legacy` that runs no pickle; transformers itself would unpickle.
+transformers builds the network and prepares images and texts. Its weights are read here, in one file or in several, from safetensors
+or, where a repository has none, by the reader of `convert.legacy` that runs no pickle; transformers itself would unpickle.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from knn_diffusion.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights_file, read_facts, weights_digest
+from knn_diffusion.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_facts, weights_digest
 from knn_diffusion.convert.legacy import read_tensors
+from knn_diffusion.convert.shards import read_shards, shard_names
 from knn_diffusion.errors import CheckpointError, MissingDependencyError, UsageError
 from knn_diffusion.hub import fetch
 from knn_diffusion.models.fixed_batches import in_fixed_batches
 from knn_diffusion.shapes import Embeddings
 
+INDEX = ".index.json"
+"""How the name of an index of several files ends, after the name that the one file would have."""
 PICKLED = "pytorch_model.bin"
-SHARDS = "model-*-of-*.safetensors"
+WEIGHTS = (WEIGHTS_FILE, WEIGHTS_FILE + INDEX, PICKLED, PICKLED + INDEX)
+"""Where the weights may be; the first that is there is read."""
 ENCODER_FILES = (
     CONFIG_FILE,
     "preprocessor_config.json",
@@ -42,9 +46,9 @@ ENCODER_FILES = (
     "text/*.json",
     "text/*.safetensors",
     WEIGHTS_FILE,
-    SHARDS,
+    WEIGHTS_FILE + INDEX,
 )
-"""What is fetched of an encoder's repository; of those without safetensors also `PICKLED`."""
+"""What is fetched of an encoder's repository, and the files that an index names; pickles only where there are no safetensors."""
 DIGEST = "weights_sha256"
 """In the `config.json` of an encoder that was saved here: its fingerprint."""
 
@@ -138,8 +142,13 @@ def fetch_encoder(repository: str, *, network: bool, revision: str | None = None
     """
     _transformers(repository)
     folder = fetch(repository, ENCODER_FILES, needs=CONFIG_FILE, revision=revision, network=network)
-    if not _safe_weights(folder):
-        fetch(repository, (PICKLED,), needs=PICKLED, revision=revision, network=network)
+    commit = folder.name  # of which the rest is fetched too, whatever is newest by now
+    if _weights_file(folder) is None:
+        fetch(repository, WEIGHTS[2:], needs=WEIGHTS[2:], revision=commit, network=network)
+    weights = _weights_file(folder)
+    if weights is not None and weights.name.endswith(INDEX):
+        names = shard_names(weights)
+        fetch(repository, names, needs=names[0], revision=commit, network=network)
     return folder
 
 
@@ -203,17 +212,16 @@ def _transformers(name: str) -> Any:
     return transformers
 
 
-def _safe_weights(folder: Path) -> list[Path]:
-    whole = folder / WEIGHTS_FILE
-    return [whole] if whole.is_file() else sorted(folder.glob(SHARDS))
+def _weights_file(folder: Path) -> Path | None:
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder's weights; safetensors go before a pickle."""
-    found: dict[str, Tensor] = {}
-    for path in _safe_weights(folder):
-        found |= load_weights_file(path, None)
-    return found or read_tensors(folder / PICKLED)
+    """All tensors of the folder's weights."""
+    file = _weights_file(folder)
+    if file is None:
+        raise CheckpointError(f"expected weights in {folder} ({' or '.join(WEIGHTS)}), found none: download it again")
+    return read_shards(file) if file.name.endswith(INDEX) else read_tensors(file)
 
 
 def _one_line(error: Exception) -> str:

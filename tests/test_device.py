@@ -60,8 +60,8 @@ def test_memory_that_runs_out_while_drawing_is_a_line_with_what_needs_less(
     with pytest.raises(KnnDiffusionError) as raised:
         draw(pipe)
     assert str(raised.value) == (
-        "memory ran out on cpu while drawing 8 images at once in float32: free it of other programs, or set "
-        'pipe.micro_batch = 4, or use dtype="bfloat16", or compute on --device cpu'
+        "memory ran out on cpu while drawing 8 images at once in float32: free it of other programs, or compute on "
+        '--device cpu, or in Python set pipe.micro_batch = 4 or ask for dtype="bfloat16"'
     )
 
 

@@ -252,6 +252,16 @@ def test_a_repository_without_an_index_and_one_of_another_encoder_are_lines(
         KnnDiffusion.from_pretrained(other, index="me/plain", device="cpu")
 
 
+def test_an_index_that_is_pushed_as_a_model_is_told_how(
+    photos: TinyHub, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", str(model / "index"), "me/mine"]) == 2
+    assert (
+        f"is an index: send it along with one (--index), or alone with `hf upload me/mine {model}"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_path_is_never_taken_for_an_index_of_the_hub(photos: TinyHub, tmp_path: Path) -> None:
     (tmp_path / "me").mkdir()
     for name in ("me/photos", "photos", "./you/photos", Path("you/photos")):

@@ -364,25 +364,25 @@ class KnnDiffusion:
             self._index.save(folder / "index", sealed=sealed)
 
     def _memory_ran_out(self) -> KnnDiffusionError:
-        cures = [f"set pipe.micro_batch = {self.micro_batch // 2}"] if self.micro_batch > 1 else []
-        cures += self._lighter()
         images = "1 image" if self.micro_batch == 1 else f"{self.micro_batch} images at once"
+        fewer = [f"set pipe.micro_batch = {self.micro_batch // 2}"] if self.micro_batch > 1 else []
         return KnnDiffusionError(
-            f"memory ran out on {device_name(self.device)} while drawing {images} in {_name(self.dtype)}: "
-            f"free it of other programs, or {', or '.join(cures)}"
+            f"memory ran out on {device_name(self.device)} while drawing {images} in {_name(self.dtype)}: {self._lighter(fewer)}"
         )
 
     def _too_small(self) -> KnnDiffusionError:
         weights = sum(parameter.numel() for parameter in self.model.denoiser.parameters()) * self.dtype.itemsize
         return KnnDiffusionError(
             f"expected {binary_size(weights)} of memory on {device_name(self.device)} for the denoiser in "
-            f"{_name(self.dtype)}, and some for the tokenizer, got less: free it of other programs, or "
-            f"{', or '.join(self._lighter())}"
+            f"{_name(self.dtype)}, and some for the tokenizer, got less: {self._lighter([])}"
         )
 
-    def _lighter(self) -> list[str]:
-        halves = self.dtype == torch.float32 and computes_bfloat16(self.device)
-        return [*(['use dtype="bfloat16"'] if halves else []), "compute on --device cpu"]
+    def _lighter(self, options: list[str]) -> str:
+        """What needs less memory, these options of Python's among it."""
+        if self.dtype == torch.float32 and computes_bfloat16(self.device):
+            options = [*options, 'ask for dtype="bfloat16"']
+        in_python = f", or in Python {' or '.join(options)}" if options else ""
+        return f"free it of other programs, or compute on --device cpu{in_python}"
 
     def _embed_image(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(self.model.encoder.encode_images([image]))

@@ -11,6 +11,7 @@ import typer
 
 from knn_diffusion.cli.draw import MODELS_OWN, RevisionOption
 from knn_diffusion.cli.terminal import JsonOption, answer, new_folder, progress
+from knn_diffusion.errors import UsageError
 
 ModelArgument = Annotated[
     str,
@@ -132,8 +133,14 @@ def push(
     """
     from knn_diffusion.hub import check_hub_id
     from knn_diffusion.pipeline import KnnDiffusion
+    from knn_diffusion.retrieval.database import DATABASE
 
     check_hub_id(repository)
+    if (Path(model) / DATABASE).is_file():
+        raise UsageError(
+            f"expected a model to send, {model} is an index: send it along with one (--index), or alone with "
+            f"`hf upload {repository} {model}`"
+        )
     pipe = KnnDiffusion.from_pretrained(model, index=index, device="cpu")
     place = pipe.push_to_hub(repository, private=private, revision=revision)
     answer({"repository": repository, "url": place}, as_json, lambda: iter([place]))

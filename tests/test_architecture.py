@@ -18,6 +18,7 @@ LAYERS = {
     "config": 0,
     "randomness": 0,
     "device": 0,
+    "compiler": 0,
     "progress": 0,
     "images": 1,
     "stickers": 1,

@@ -8,19 +8,24 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import training_worker
 from safetensors.torch import load_file
 from tiny_world import build_model, draw_pictures
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from knn_diffusion.errors import ConfigError, PeerError, UsageError
+from knn_diffusion.compiler import compile_module
+from knn_diffusion.errors import ConfigError, MissingDependencyError, PeerError, UsageError
 from knn_diffusion.models.denoiser import Denoiser
 from knn_diffusion.randomness import BatchGenerator, generator_for, rand, randn
+from knn_diffusion.training import denoiser as training_denoiser
 from knn_diffusion.training import loop
 from knn_diffusion.training.parallel import check_divisible
 from knn_diffusion.training.processes import Processes, joined, refuse_many
@@ -46,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = Processes(device=torch.device("cpu"))
     seen = training_worker.train(folder / "alone", alone)
     training_worker.made(folder / "saw-alone").joinpath("0-of-1.json").write_text(json.dumps(seen))
-    two = torchrun(2, WORKER, folder, "ddp", "fsdp", "nan", "full_disk", "uneven", "runs_out")
+    two = torchrun(2, WORKER, folder, "ddp", "fsdp", "compiled", "nan", "full_disk", "uneven", "runs_out")
     assert two.returncode == 0, two.stderr
     for begun in ("begun", "begun-alone"):  # by two; four go on, then one
         shutil.copytree(folder / "fsdp-2-parts", folder / begun)
@@ -64,7 +69,7 @@ def saw(runs: Path, scenario: str, processes: int) -> list[dict[str, Any]]:
 
 def logged(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "minutes"} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith("minutes")} for line in lines]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -87,7 +92,7 @@ def test_a_resumed_run_equals_the_one_that_never_stopped_bit_for_bit(runs: Path,
     assert logged(whole) == logged(parts)
 
 
-@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2", "ddp-4", "fsdp-4", "begun"])
+@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2", "ddp-4", "fsdp-4", "begun", "compiled-ddp", "compiled-fsdp"])
 def test_losses_agree_whatever_the_number_of_processes_and_however_they_are_spread(runs: Path, name: str) -> None:
     expected, got = logged(runs / "alone"), logged(runs / name)
     assert [line["step"] for line in got] == [line["step"] for line in expected]
@@ -201,6 +206,37 @@ def test_settings_of_memory_change_rounding_alone(changes: dict[str, object], tm
         assert other == pytest.approx(one, rel=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of tensors that torch only looks at
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True, "micro_batch_size": 2}])
+def test_blocks_are_compiled_once_and_change_rounding_alone(changes: dict[str, object], tmp_path: Path) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    alone = Processes(device=torch.device("cpu"))
+    training_worker.train(tmp_path / "plain", alone, **changes)
+    with mock.patch.object(training_denoiser, "compile_module", partial(compile_module, backend=counter)):
+        training_worker.train(tmp_path / "compiled", alone, compile=True, **changes)
+    assert counter.frame_count == 1  # for all blocks and steps
+    for one, other in zip(logged(tmp_path / "plain"), logged(tmp_path / "compiled"), strict=True):
+        assert other == pytest.approx(one, rel=TOLERANCE)
+    weights = [load_file(tmp_path / name / "model" / "average.safetensors").keys() for name in ("plain", "compiled")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of tensors that torch only looks at
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_compiler_that_does_not_work_is_told_in_a_line(tmp_path: Path) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    with (
+        mock.patch.object(training_denoiser, "compile_module", partial(compile_module, backend=broken)),
+        pytest.raises(
+            MissingDependencyError, match=r"torch.compile to work here, got .*No working C.. compiler.*: install"
+        ),
+    ):
+        training_worker.train(tmp_path, Processes(device=torch.device("cpu")), compile=True)
+
+
 def test_recomputed_activations_are_not_kept() -> None:
     def kept(network: Denoiser) -> int:
         numbers = 0
@@ -227,7 +263,7 @@ def test_an_objective_over_whole_batches_is_not_cut() -> None:
     objective = training_worker.Toy(training_worker.settings())
     check_divisible(objective, batch_size=8, cut=True, processes=Processes(device=torch.device("cpu")))
     with pytest.raises(
-        UsageError, match="expected one process, and no micro_batch_size .* for object, .* leave them out"
+        UsageError, match="expected one process, and no micro_batch_size, .* for object, .* leave them out"
     ):
         check_divisible(object(), batch_size=8, cut=True, processes=Processes(device=torch.device("cpu")))
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,12 +24,14 @@ from torch import Tensor, nn
 
 from knn_diffusion import checkpoint
 from knn_diffusion.cli import main as command_line
+from knn_diffusion.compiler import compile_module
 from knn_diffusion.diffusion import losses
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.errors import KnnDiffusionError
 from knn_diffusion.models.denoiser import DenoiserConfig
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
 from knn_diffusion.tokens import Makers
+from knn_diffusion.training import denoiser as training_denoiser
 from knn_diffusion.training import log, loop
 from knn_diffusion.training.data import Batch
 from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjective, DenoiserRun
@@ -150,6 +153,14 @@ def fsdp(folder: Path, processes: Processes) -> dict[str, Any]:
     return kinds(folder, f"fsdp-{processes.size}", processes, parallel="fsdp", **changes)
 
 
+def compiled(folder: Path, processes: Processes) -> dict[str, Any]:
+    """Blocks compiled as far as that takes no compiler."""
+    traced = partial(compile_module, backend="aot_eager")
+    with mock.patch.object(training_denoiser, "compile_module", traced):
+        train(folder / "compiled-ddp", processes, compile=True)
+        return train(folder / "compiled-fsdp", processes, compile=True, parallel="fsdp", activation_checkpointing=True)
+
+
 def goes_on(folder: Path, processes: Processes) -> dict[str, Any]:
     """What another number of processes began."""
     return train(folder / "begun", processes, parallel="fsdp")
@@ -204,7 +215,7 @@ def runs_out(folder: Path, processes: Processes) -> dict[str, Any]:
 ENDS = ("dies", "runs_out")
 """After these the processes cannot talk to each other any more."""
 SCENARIOS: dict[str, Callable[[Path, Processes], dict[str, Any]]] = {
-    one.__name__: one for one in (ddp, fsdp, goes_on, nan, full_disk, uneven, dies, runs_out)
+    one.__name__: one for one in (ddp, fsdp, compiled, goes_on, nan, full_disk, uneven, dies, runs_out)
 }
 
 

@@ -28,7 +28,7 @@ KEPT = 2
 _FACTS = "state.json"
 _MAY_CHANGE = {"num_steps", "learning_rate", "final_learning_rate", "clip_norm"}
 _MAY_CHANGE |= {"log_every", "validate_every", "checkpoint_every", "precision"}
-_MAY_CHANGE |= {"micro_batch_size", "activation_checkpointing", "parallel"}
+_MAY_CHANGE |= {"micro_batch_size", "activation_checkpointing", "parallel", "compile"}
 """Settings of the training loop that a resumed run may ask for anew."""
 Settings = Mapping[str, object]
 

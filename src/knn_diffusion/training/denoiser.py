@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from knn_diffusion.checkpoint import CONFIG_FILE, atomic_folder, save_part
+from knn_diffusion.compiler import compile_module
 from knn_diffusion.config import config, read_mapping, require, to_dict
 from knn_diffusion.device import choose_dtype, device_name, full_memory_told
 from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
@@ -129,6 +130,11 @@ class DenoiserObjective:
         """The groups that the denoiser names."""
         assert isinstance(network, Denoiser)
         return network.shards
+
+    def compile_blocks(self) -> None:
+        """All blocks are of one shape, so that torch compiles one of them."""
+        for block in self.denoiser.blocks:
+            compile_module(block)
 
     def recompute_activations(self) -> None:
         """Keep only what enters each block."""

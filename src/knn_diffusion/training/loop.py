@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from knn_diffusion.compiler import compiler_told
 from knn_diffusion.config import to_dict
 from knn_diffusion.device import choose_device
 from knn_diffusion.errors import TrainingError, UsageError
@@ -56,8 +57,8 @@ def train(
     Args: processes: those that share the work, all with the same arguments; None for this one alone.
 
     Raises: UsageError when the output holds another run and is not to be resumed, or the objective cannot be cut as the
-        configuration asks; TrainingError when a loss is not finite or the device's memory does not suffice; PeerError when that
-        was said by another process.
+        configuration asks; MissingDependencyError when it asks to compile and there is no working compiler; TrainingError
+        when a loss is not finite or the device's memory does not suffice; PeerError when that was said by another process.
     """
     processes = processes or Processes(device=choose_device(options.device))
     with processes.together():
@@ -67,7 +68,7 @@ def train(
         run = begin(objective, config, options.output, processes)
         with run.memory.running():
             _resume(run, options)
-    with run.memory.running():
+    with run.memory.running(), compiler_told() if config.compile else nullcontext():
         warm_up(run, dataset)
         return _steps(run, dataset, options)
 

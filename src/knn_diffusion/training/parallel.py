@@ -43,6 +43,9 @@ class Divisible(Protocol):
     def shards(self, network: nn.Module) -> list[list[nn.Module]]:
         """Groups of layers of `network` whose weights only their own forward reads."""
 
+    def compile_blocks(self) -> None:
+        """Let torch compile what the network consists of."""
+
     def recompute_activations(self) -> None:
         """Let the network keep less for the backward pass, and compute it again there."""
 
@@ -93,14 +96,14 @@ def whole_tensor(value: Tensor) -> Tensor:
 def check_divisible(objective: object, *, batch_size: int, cut: bool, processes: Processes) -> None:
     """Whether this objective and batch can be cut as asked.
 
-    Args: cut: whether micro-batches or recomputed activations were asked for.
+    Args: cut: whether micro-batches, recomputed activations or compiled blocks were asked for.
 
     Raises: UsageError when the objective needs whole batches; ConfigError when the processes cannot share the batch.
     """
     if (processes.size > 1 or cut) and not isinstance(objective, Divisible):
         raise UsageError(
-            f"expected one process, and no micro_batch_size or activation_checkpointing, for {type(objective).__name__}, "
-            f"whose loss looks at whole batches, got {processes.size} processes: leave them out"
+            f"expected one process, and no micro_batch_size, activation_checkpointing or compile, for "
+            f"{type(objective).__name__}, whose loss looks at whole batches, got {processes.size} processes: leave them out"
         )
     if batch_size % processes.size:
         raise ConfigError(

@@ -48,6 +48,8 @@ class TrainingConfig:
     """Examples that a process computes at once, ≥ 1; None for its whole share of a batch. A matter of memory alone."""
     activation_checkpointing: bool = False
     """Whether the backward pass computes again what the forward pass then need not keep; a matter of memory alone."""
+    compile: bool = False
+    """Whether torch compiles the network's blocks: the first step takes longer, the others are faster. A matter of time alone."""
     parallel: ParallelKind = "ddp"
     """How several processes hold the network: each all of it (ddp), or each a share (fsdp). A matter of memory alone."""
     seed: int = 0

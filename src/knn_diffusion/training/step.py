@@ -53,7 +53,8 @@ def begin(objective: Objective, config: TrainingConfig, output: Path, processes:
     Raises: UsageError or ConfigError when it cannot be cut or computed as the configuration asks; TrainingError when the
         device's memory does not suffice.
     """
-    cut = config.activation_checkpointing or (config.micro_batch_size or config.batch_size) < config.batch_size
+    cut = config.activation_checkpointing or config.compile
+    cut = cut or (config.micro_batch_size or config.batch_size) < config.batch_size
     check_divisible(objective, batch_size=config.batch_size, cut=cut, processes=processes)
     memory = MemoryWatch(objective, config, processes)
     memory.check()
@@ -65,6 +66,8 @@ def begin(objective: Objective, config: TrainingConfig, output: Path, processes:
         objective.modules.to(processes.device)
         if config.activation_checkpointing and isinstance(objective, Divisible):
             objective.recompute_activations()
+        if config.compile and isinstance(objective, Divisible):
+            objective.compile_blocks()
         if processes.size == 1:
             parallel, average = Parallel(), averaged(objective.network)
         else:

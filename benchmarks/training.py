@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +43,7 @@ from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjectiv
 from knn_diffusion.training.neighbors import DenoiserData
 from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.processes import Processes, joined
-from knn_diffusion.training.step import begin, own_rows, take_step, warm_up
+from knn_diffusion.training.step import Run, begin, own_rows, take_step, warm_up
 
 NEIGHBORS = 10
 PAPER_IMAGES = 70_000_000
@@ -86,10 +87,20 @@ def measured(
     """Figures of a step, over all processes; random data goes into the folder."""
     torch.manual_seed(0)
     data = random_data(config, items, NEIGHBORS, folder)
-    going = begin(objective_of(config, training, data), training, Path("nowhere"), processes)
-    warm_up(going, data)
+
+    def begun_anew(training: TrainingConfig) -> Run:
+        run = begin(objective_of(config, training, data), training, Path("nowhere"), processes)
+        warm_up(run, data)
+        return run
+
+    plain = begun_anew(replace(training, compile=False))  # torch counts what it computes itself, not what it compiles
+    work = operations(lambda: take_step(plain, own_rows(plain, data, 1)))
+    del plain
+    going = begun_anew(training)
     with Ahead(partial(own_rows, going, data), training.num_steps) as ahead:
-        work = operations(lambda: take_step(going, ahead.take(going.step + 1)))
+        first = time.perf_counter()
+        take_step(going, ahead.take(going.step + 1))
+        first = time.perf_counter() - first
         take_step(going, ahead.take(going.step + 1))
         seconds: list[float] = []
         ahead.waited = 0.0
@@ -103,6 +114,7 @@ def measured(
     step = statistics.median(seconds)
     return {
         "matmul_tflops": round(rate / 1e12, 3),
+        "seconds_of_first_step": round(first, 2),
         "seconds_per_step": round(step, 4),
         "images_per_second": round(training.batch_size / step, 2),
         "operations_per_image": work * processes.size // training.batch_size,

@@ -15,7 +15,7 @@ from typing import Any
 
 from knn_diffusion import stickers
 from knn_diffusion.checkpoint import atomic_folder
-from knn_diffusion.diffusion.sampling import SamplerConfig
+from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import SourceImage, find_images
 from knn_diffusion.model_folder import read_pipeline_file, write_pipeline_file

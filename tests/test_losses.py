@@ -82,7 +82,8 @@ def test_closed_form_equals_the_dense_posterior_at_real_size(preset: Preset) -> 
     x_n = q_sample(schedule, x_0, step, seeded(2))
     logits = 3 * torch.randn(40, 8, 300, generator=seeded(3))
     certain = torch.full_like(logits, -torch.inf).scatter(-1, x_0.unsqueeze(-1), 0)
-    true, model = (posterior(schedule, guess, x_n, step, step - 1) for guess in (certain, logits))
+    stride = schedule.stride(step[:, None], step[:, None] - 1)
+    true, model = (posterior(schedule, guess, x_n, stride) for guess in (certain, logits))
     expected = torch.where(true > 0, true * (true.log() - model.log()), 0).sum(-1).mean(1)
     got = loss_at(schedule, logits, x_0, x_n, step).l_prev
     assert torch.allclose(got.double(), expected, rtol=1e-4, atol=3e-5)
@@ -182,8 +183,8 @@ def test_the_bound_is_never_below_the_exact_negative_log_likelihood(preset: Pres
 
     chance = prior[states].prod(1)
     for n in range(num_steps, 0, -1):
-        step = torch.full((len(states),), n)
-        rows = posterior(schedule, logits[n], states, step, step - 1).nan_to_num(0).numpy()
+        stride = schedule.stride(torch.tensor([n]), torch.tensor([n - 1]))
+        rows = posterior(schedule, logits[n], states, stride).nan_to_num(0).numpy()
         move = rows[:, 0][:, states[:, 0]] * rows[:, 1][:, states[:, 1]]
         chance = chance @ move
     is_image = (states < vocab_size).all(1).numpy()

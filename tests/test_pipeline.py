@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_world import SIZE, STEPS, build_model, draw_pictures, same_pixels
 
 from knn_diffusion import ImageIndex, KnnDiffusion
-from knn_diffusion.diffusion.sampling import SamplerConfig
+from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.images import open_image, square
 from knn_diffusion.model_folder import bundled_models, read_pipeline_file

@@ -135,7 +135,7 @@ def test_posterior_equals_bayes_rule_for_any_stride(
     schedule = Schedule(num_steps=num_steps, vocab_size=vocab_size, preset=preset)
     logits = sharpness * torch.randn(1, vocab_size + 1, vocab_size, generator=seeded(seed), dtype=torch.float64)
     x_n = torch.arange(vocab_size + 1).unsqueeze(0)
-    got = posterior(schedule, logits, x_n, torch.tensor([n]), torch.tensor([s]))[0].numpy()
+    got = posterior(schedule, logits, x_n, schedule.stride(torch.tensor([n]), torch.tensor([s])))[0].numpy()
     forward = reference.product(num_steps, vocab_size, preset, n, after=s)
     prior = reference.product(num_steps, vocab_size, preset, s)
     for token in range(vocab_size + 1):
@@ -154,7 +154,9 @@ def test_posterior_averaged_over_the_noised_token_is_the_forward_marginal(preset
     x_n, x_0 = all_pairs(schedule)
     for n in range(1, 7):
         for s in range(n):
-            q = posterior(schedule, one_hot_logits(x_0, 3), x_n, torch.tensor([n]), torch.tensor([s]))[0]
+            q = posterior(schedule, one_hot_logits(x_0, 3), x_n, schedule.stride(torch.tensor([n]), torch.tensor([s])))[
+                0
+            ]
             weight = torch.tensor(reference.product(6, 3, preset, n))[x_n[0], x_0[0]]
             q = torch.where(weight.unsqueeze(1) > 0, q, 0)
             for token in range(3):
@@ -170,7 +172,9 @@ def test_strided_posterior_equals_single_steps_composed(preset: process.Preset) 
         logits = one_hot_logits(torch.full((1, 4), token), 3)
 
         def step_matrix(n: int, s: int, logits: torch.Tensor = logits) -> torch.Tensor:
-            return posterior(schedule, logits, states, torch.tensor([n]), torch.tensor([s]))[0].nan_to_num(0)
+            return posterior(schedule, logits, states, schedule.stride(torch.tensor([n]), torch.tensor([s])))[
+                0
+            ].nan_to_num(0)
 
         composed = torch.eye(4, dtype=torch.float64)
         for n in range(5, 1, -1):
@@ -188,7 +192,9 @@ def test_a_masked_token_stays_masked_by_the_schedule_whatever_is_predicted(
     n = data.draw(st.integers(1, 20))
     s = data.draw(st.integers(0, n - 1))
     logits = 9 * torch.randn(1, 5, 6, generator=seeded(seed))
-    stays = posterior(schedule, logits, torch.full((1, 5), 6), torch.tensor([n]), torch.tensor([s]))[..., -1]
+    stays = posterior(schedule, logits, torch.full((1, 5), 6), schedule.stride(torch.tensor([n]), torch.tensor([s])))[
+        ..., -1
+    ]
     assert torch.allclose(stays, schedule.gamma_bar[s] / schedule.gamma_bar[n], atol=1e-14)
 
 
@@ -197,7 +203,9 @@ def test_an_unmasked_token_is_never_masked_again(preset: process.Preset) -> None
     schedule = Schedule(num_steps=9, vocab_size=5, preset=preset)
     logits = 3 * torch.randn(1, 5, 5, generator=seeded())
     for n in range(1, 9):
-        chances = posterior(schedule, logits, torch.arange(5)[None], torch.tensor([n]), torch.tensor([n - 1]))
+        chances = posterior(
+            schedule, logits, torch.arange(5)[None], schedule.stride(torch.tensor([n]), torch.tensor([n - 1]))
+        )
         assert (chances[..., -1] == 0).all()
 
 
@@ -208,7 +216,7 @@ def test_at_the_first_step_the_posterior_is_certain_of_x_0(preset: process.Prese
     if preset == "absorbing":  # there a visible token other than x_0 cannot occur
         possible = (x_n == 3) | (x_n == x_0)
         x_n, x_0 = x_n[possible][None], x_0[possible][None]
-    got = posterior(schedule, one_hot_logits(x_0, 3), x_n, torch.tensor([1]), torch.tensor([0]))
+    got = posterior(schedule, one_hot_logits(x_0, 3), x_n, schedule.stride(torch.tensor([1]), torch.tensor([0])))
     assert torch.allclose(got, torch.nn.functional.one_hot(x_0, 4).double(), atol=1e-14)
 
 
@@ -221,7 +229,7 @@ def test_the_reverse_chain_ends_in_a_distribution_without_mask(preset: process.P
         chance = torch.tensor([0.1 / 3] * 3 + [0.9], dtype=torch.float64)
     for n in range(8, 0, -1):
         logits = 2 * torch.randn(1, 4, 3, generator=seeded(n))
-        move = posterior(schedule, logits, states, torch.tensor([n]), torch.tensor([n - 1]))[0]
+        move = posterior(schedule, logits, states, schedule.stride(torch.tensor([n]), torch.tensor([n - 1])))[0]
         chance = torch.where(chance.unsqueeze(1) > 0, chance.unsqueeze(1) * move, 0).sum(0)
     assert chance[-1] == 0
     assert chance.sum() == pytest.approx(1, abs=1e-14)
@@ -241,7 +249,7 @@ def test_posterior_and_tables_agree_with_diffusers() -> None:
     for n in (2, 30, 77, 100):
         log_p = logits.double().log_softmax(-1).float().transpose(1, 2)
         expected = oracle.q_posterior(log_p, x_n, torch.tensor(n - 1)).transpose(1, 2)
-        got = posterior(schedule, logits, x_n, torch.tensor([n]), torch.tensor([n - 1]))
+        got = posterior(schedule, logits, x_n, schedule.stride(torch.tensor([n]), torch.tensor([n - 1])))
         assert torch.allclose(got.float(), expected.exp(), atol=2e-4)
 
 
@@ -304,11 +312,11 @@ def test_steps_out_of_order_or_outside_the_tables_are_refused() -> None:
     schedule = Schedule(num_steps=5, vocab_size=3)
     logits, x_n = torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long)
     with pytest.raises(UsageError, match=r"expected prev_step below step, got \[3\] and \[3\]"):
-        posterior(schedule, logits, x_n, torch.tensor([3]), torch.tensor([3]))
+        posterior(schedule, logits, x_n, schedule.stride(torch.tensor([3]), torch.tensor([3])))
     with pytest.raises(UsageError, match=r"expected steps from 0 to 5, got \[-1\]"):
-        posterior(schedule, logits, x_n, torch.tensor([1]), torch.tensor([-1]))
+        posterior(schedule, logits, x_n, schedule.stride(torch.tensor([1]), torch.tensor([-1])))
     with pytest.raises(UsageError, match=r"expected steps from 1 to 5, got \[0\]"):
-        posterior(schedule, logits, x_n, torch.tensor([0]), torch.tensor([-1]))
+        posterior(schedule, logits, x_n, schedule.stride(torch.tensor([0]), torch.tensor([-1])))
     with pytest.raises(UsageError, match=r"expected steps from 0 to 5, got \[6\]"):
         q_sample(schedule, x_n, torch.tensor([6]), seeded())
 

@@ -13,18 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from knn_diffusion.config import from_dict
+from knn_diffusion.diffusion.plan import SamplerConfig, guidance_at, halton_rank, plan, stride_steps
 from knn_diffusion.diffusion.process import Preset, Schedule, posterior, q_sample
-from knn_diffusion.diffusion.sampling import (
-    SamplerConfig,
-    StepInfo,
-    guidance_at,
-    guide,
-    halton_rank,
-    plan,
-    sample,
-    stride_steps,
-    truncate,
-)
+from knn_diffusion.diffusion.sampling import StepInfo, sample
+from knn_diffusion.diffusion.step import guide, truncate
 from knn_diffusion.errors import CheckpointError, ConfigError, UsageError
 
 PRESETS = ("released", "mask-and-replace", "absorbing")
@@ -234,7 +226,7 @@ def test_the_halton_order_unmasks_the_cells_it_visits_first() -> None:
 
 
 def test_confidence_without_noise_takes_the_surest_tokens_first() -> None:
-    sharpness = torch.arange(GRID**2).flip(0) + 1.0
+    sharpness = torch.randperm(GRID**2, generator=seeded()) + 1.0
     logits = torch.zeros(GRID**2, VOCAB)
     logits[:, 2] = 20 * sharpness
     schedule = Schedule(num_steps=16, vocab_size=VOCAB, preset="absorbing")
@@ -303,9 +295,9 @@ def test_guidance_on_x_0_never_changes_the_pace_of_unmasking(seed: int, scale: f
     schedule = Schedule(num_steps=20, vocab_size=VOCAB)
     conditional, null = (4 * torch.randn(1, 5, VOCAB, generator=seeded(2 * seed + half)) for half in (0, 1))
     masked, n, s = torch.full((1, 5), VOCAB), torch.tensor([12]), torch.tensor([8])
-    stays = posterior(schedule, guide(conditional, null, scale), masked, n, s)[..., -1]
+    stays = posterior(schedule, guide(conditional, null, scale), masked, schedule.stride(n, s))[..., -1]
     assert torch.allclose(stays, schedule.gamma_bar[8] / schedule.gamma_bar[12], atol=1e-12)
-    halves = (posterior(schedule, logits, masked, n, s).log() for logits in (conditional, null))
+    halves = (posterior(schedule, logits, masked, schedule.stride(n, s)).log() for logits in (conditional, null))
     on_posterior = guide(*halves, scale)
     if scale > 8:
         assert (on_posterior.softmax(-1)[..., -1] < stays - 0.05).any()
@@ -408,9 +400,18 @@ def test_the_callback_sees_every_pass_and_may_end_the_chain() -> None:
         draw(always(torch.zeros(GRID**2, VOCAB)), SCHEDULE, config(), callback=cancel)
 
 
-def test_a_denoiser_that_returns_nan_is_named() -> None:
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_denoiser_that_returns_no_numbers_is_named(order: str, value: float) -> None:
+    logits = torch.zeros(GRID**2, VOCAB)
+    logits[5, 2] = value
     with pytest.raises(CheckpointError, match="expected finite logits from the denoiser, got NaN or infinity"):
-        draw(always(torch.full((GRID**2, VOCAB), torch.nan)), SCHEDULE, config())
+        draw(always(logits), SCHEDULE, config(order=order))
+
+
+def test_a_preview_of_predictions_that_are_no_numbers_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="expected finite logits from the denoiser, got NaN or infinity"):
+        draw(always(torch.full((GRID**2, VOCAB), torch.nan)), SCHEDULE, config(), callback=lambda info: info.x_0)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from torch import Tensor
 from knn_diffusion import KnnDiffusion
 from knn_diffusion.cli import main
 from knn_diffusion.convert.part import convert
-from knn_diffusion.diffusion.sampling import SamplerConfig, sample
+from knn_diffusion.diffusion.plan import SamplerConfig
+from knn_diffusion.diffusion.sampling import sample
 from knn_diffusion.errors import CheckpointError, UsageError
 from knn_diffusion.model_folder import check_fit, load_model, write_pipeline_file
 from knn_diffusion.models.cross_attention import PreparedCondition

@@ -15,7 +15,7 @@ from tiny_world import GRID, SIZE, build_model, draw_pictures
 
 from knn_diffusion import ImageIndex
 from knn_diffusion.config import from_dict
-from knn_diffusion.diffusion.sampling import SamplerConfig
+from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.errors import ConfigError, UsageError
 from knn_diffusion.model_folder import load_model, write_pipeline_file
 from knn_diffusion.models.tokenizers import load_tokenizer

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from knn_diffusion.checkpoint import save_part
 from knn_diffusion.config import to_dict
+from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.diffusion.process import Schedule
-from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import save_png
 from knn_diffusion.model_folder import write_pipeline_file

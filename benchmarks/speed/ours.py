@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from knn_diffusion.diffusion.conditioning import make_condition, with_null
+from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.diffusion.process import Schedule
-from knn_diffusion.diffusion.sampling import SamplerConfig, sample
+from knn_diffusion.diffusion.sampling import sample
 from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig
 from knn_diffusion.randomness import generator_for
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from knn_diffusion.checkpoint import CONFIG_FILE, atomic_folder
-from knn_diffusion.diffusion.sampling import SamplerConfig
+from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, UsageError
 from knn_diffusion.hub import is_hub_id
 from knn_diffusion.image_index import ImageIndex

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from knn_diffusion.diffusion.sampling import SamplerConfig
+from knn_diffusion.diffusion.plan import SamplerConfig
 
 TAGS = ("knn-diffusion", "retrieval", "discrete-diffusion")
 PAPER = "https://arxiv.org/abs/2204.02849"

@@ -33,8 +33,8 @@ from knn_diffusion.checkpoint import (
 )
 from knn_diffusion.config import config, require, to_dict
 from knn_diffusion.diffusion.conditioning import MAX_QUERY_WEIGHT
+from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.diffusion.process import Schedule
-from knn_diffusion.diffusion.sampling import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, UsageError
 from knn_diffusion.hub import fetch, is_hub_id, part_files
 from knn_diffusion.model_card import model_card

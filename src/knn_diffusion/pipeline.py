@@ -4,7 +4,7 @@
     out = pipe("a red heart", num_images_per_prompt=4, seed=0)
     out.images, out.neighbors
 
-Read on in `diffusion/sampling.py` (what `draw` calls), then in `diffusion/process.py`.
+Read on in `diffusion/sampling.py` (what `draw` calls), then in `diffusion/step.py` and `diffusion/process.py`.
 """
 
 from __future__ import annotations

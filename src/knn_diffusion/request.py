@@ -10,7 +10,8 @@ from typing import TypedDict
 from PIL import Image
 
 from knn_diffusion.diffusion.conditioning import MAX_QUERY_WEIGHT
-from knn_diffusion.diffusion.sampling import SamplerConfig, StepInfo
+from knn_diffusion.diffusion.plan import SamplerConfig
+from knn_diffusion.diffusion.sampling import StepInfo
 from knn_diffusion.errors import ConfigError, UsageError
 
 MAX_PROMPT_CHARACTERS = 1000

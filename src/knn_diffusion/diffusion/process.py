@@ -41,6 +41,34 @@ class Rates:
     beta: Float[Tensor, "*any"]
     gamma: Float[Tensor, "*any"]
 
+    def at(self, index: int) -> Rates:
+        """One of several."""
+        return Rates(alpha=self.alpha[index], beta=self.beta[index], gamma=self.gamma[index])
+
+    def to(self, device: torch.device | str) -> Rates:
+        """On this device."""
+        return Rates(alpha=self.alpha.to(device), beta=self.beta.to(device), gamma=self.gamma.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stride:
+    """A way back from step n to an earlier s, as `Schedule.stride` checked it: all that the posterior knows of the steps."""
+
+    now: Rates
+    """Q̄_n."""
+    before: Rates
+    """Q̄_s."""
+    between: Rates
+    """Q_n ⋯ Q_{s+1}."""
+
+    def at(self, index: int) -> Stride:
+        """One of several."""
+        return Stride(now=self.now.at(index), before=self.before.at(index), between=self.between.at(index))
+
+    def to(self, device: torch.device | str) -> Stride:
+        """On this device."""
+        return Stride(now=self.now.to(device), before=self.before.to(device), between=self.between.to(device))
+
 
 @config
 class Schedule:
@@ -116,6 +144,21 @@ class Schedule:
         beta = ((after.beta - alpha * before.beta) / unmasked).clamp_min(0)
         return Rates(alpha=alpha, beta=beta, gamma=(after.gamma - before.gamma) / unmasked)
 
+    def stride(self, step: Int[Tensor, "*any"], prev_step: Int[Tensor, "*any"]) -> Stride:
+        """The way back from `step` n, 1 … N, to `prev_step` s, 0 … n - 1.
+
+        The checks wait for the device that holds the steps; what follows from the stride never does.
+
+        Raises: UsageError for steps out of order or outside 0 … N.
+        """
+        _check_steps(self, step, at_least=1)
+        _check_steps(self, prev_step, at_least=0)
+        if bool((prev_step >= step).any()):
+            raise UsageError(f"expected prev_step below step, got {prev_step.tolist()} and {step.tolist()}: swap them")
+        return Stride(
+            now=self.marginal(step), before=self.marginal(prev_step), between=self.transition(prev_step, step)
+        )
+
 
 @lru_cache(maxsize=64)
 def _cumulative(schedule: Schedule, device: torch.device) -> Rates:
@@ -178,7 +221,8 @@ def pick(weights: Float[Tensor, "*any classes"], level: Float[Tensor, "*any"]) -
     """
     cumulative = weights.cumsum(-1)
     target = level.unsqueeze(-1) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # the first class whose sum exceeds it
+    first = torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # the first class whose sum exceeds it
+    return first.clamp_max(weights.shape[-1] - 1)  # of weights that are NaN, none does
 
 
 def q_sample(schedule: Schedule, x_0: Tokens, step: Steps, generators: Generators) -> Tokens:
@@ -215,33 +259,24 @@ def posterior(
     schedule: Schedule,
     x_0_logits: Float[Tensor, "*any vocab"],
     x_n: Int[Tensor, "*any"],
-    step: Int[Tensor, "*images"],
-    prev_step: Int[Tensor, "*images"],
+    stride: Stride,
 ) -> Float[Tensor, "*any classes"]:
     """p(x_s | x_n): the posterior q(x_s | x_n, x_0) of Eq. 3, averaged over the predicted x_0, for any earlier step s.
 
-    With prev_step = step - 1 it is Eq. 3; with a larger stride it is the exact product of the steps between, so fewer steps
-    than trained cost no bias: a masked token stays masked with probability γ̄_s / γ̄_n.
+    With s = n - 1 it is Eq. 3; with a larger stride it is the exact product of the steps between, so fewer steps than trained
+    cost no bias: a masked token stays masked with probability γ̄_s / γ̄_n.
 
     By Eq. 3 code j has Σ_i p(x_0 = i) q(x_n | x_s = j) q(x_s = j | x_0 = i) / q(x_n | x_0 = i). All codes but the one that x_n
     shows share the numbers in this, so what is left is a · p_j + b, and one code more to be put in its place.
 
     Args:
         x_0_logits: the prediction after guidance and truncation; -inf is a class that cannot be.
-        step: n of each image, 1 … N, or one number for all.
-        prev_step: s of each image, 0 … n - 1; at 0 the result is the prediction itself.
+        stride: from n to s, with rates that broadcast to x_n; at s = 0 the result is the prediction itself.
     Returns: float64 probabilities; the last class is [MASK].
-    Raises: UsageError for steps out of order or outside 0 … N.
 
     Differs from the paper: under `absorbing` a visible token is certain, so it stays, whatever the prediction.
     """
-    _check_steps(schedule, step, at_least=1)
-    _check_steps(schedule, prev_step, at_least=0)
-    if bool((prev_step >= step).any()):
-        raise UsageError(f"expected prev_step below step, got {prev_step.tolist()} and {step.tolist()}: swap them")
-    step, prev_step = (n.to(x_n.device).view(-1, *[1] * (x_n.ndim - 1)) for n in (step, prev_step))
-    now, before, between = schedule.marginal(step), schedule.marginal(prev_step), schedule.transition(prev_step, step)
-
+    now, before, between = stride.now, stride.before, stride.between
     hidden = x_n == schedule.mask_id
     p_x_0 = functional.pad(x_0_logits.double(), (0, 1), value=-math.inf).softmax(-1)  # *any classes; nothing on [MASK]
     own = p_x_0.gather(-1, x_n.unsqueeze(-1)).squeeze(-1)  # of the code that x_n shows

@@ -21,8 +21,9 @@ from knn_diffusion.config import config, read_mapping, require, to_dict
 from knn_diffusion.device import choose_dtype, device_name, full_memory_told
 from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
 from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss
+from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.diffusion.process import Schedule, q_sample
-from knn_diffusion.diffusion.sampling import SamplerConfig, sample
+from knn_diffusion.diffusion.sampling import sample
 from knn_diffusion.errors import ConfigError, FingerprintError, TrainingError, UsageError
 from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import from_array, grid, uint8_from_pixels

@@ -12,6 +12,8 @@ import torch
 from speed.machine import matmul_rate, operations
 from speed.ours import SIZES, Draw, our_run
 
+from knn_diffusion.diffusion.compiled import CompiledStep
+
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["sampling.py", "--size", "tiny", "--repeats", "1", "--device", "cpu", *arguments])
@@ -23,9 +25,22 @@ def test_both_systems_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     run(monkeypatch, "--steps", "2", "--batch", "2", "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["ratio"] == pytest.approx(2 * report["peer_seconds"] / report["ours_seconds"], rel=0.02)
+    assert not report["compiled"]
     assert 0 < report["our_share_of_matmul_rate"] < 1
     assert report["our_peak_mib"] > 0
     assert (report["steps"], report["batch"], report["slots"]) == (2, 2, 11)
+
+
+def test_a_compiled_pass_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unchecked_shapes: None
+) -> None:
+    """Only traced here; what that takes is not in the time of a run."""
+    monkeypatch.setattr(sampling, "CompiledStep", lambda device: CompiledStep(device, backend="eager"))
+    monkeypatch.setattr(sampling, "compared", lambda *_: {"ours": 1.0, "peer": 2.0})
+    run(monkeypatch, "--steps", "2", "--compile", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["compiled"]
+    assert report["our_first_run_extra_seconds"] > report["our_seconds_per_image"] > 0
 
 
 def test_a_sweep_is_printed_and_drawn(

@@ -13,6 +13,7 @@ from knn_diffusion.diffusion.conditioning import make_condition, with_null
 from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.diffusion.sampling import sample
+from knn_diffusion.diffusion.step import Step, reverse_step
 from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig
 from knn_diffusion.randomness import generator_for
 
@@ -38,7 +39,7 @@ class Draw:
         return replace(self, config=replace(self.config, grid=grid))
 
 
-def our_run(draw: Draw, device: torch.device, dtype: torch.dtype) -> Callable[[int], Tensor]:
+def our_run(draw: Draw, device: torch.device, dtype: torch.dtype, step: Step = reverse_step) -> Callable[[int], Tensor]:
     """A batch from its embeddings to its tokens, as a function of a seed; ancestral order, truncation off.
 
     Keys and values of the condition are made anew for each batch.
@@ -55,7 +56,7 @@ def our_run(draw: Draw, device: torch.device, dtype: torch.dtype) -> Callable[[i
         y = nn.functional.normalize(torch.randn(shape), dim=-1).to(device)
         both = denoiser.prepare(with_null(make_condition(y[:, 0], y[:, 1:])))
         generators = [generator_for(seed, number) for number in range(draw.batch)]
-        place: dict[str, Any] = {"grid": config.grid, "generators": generators, "device": device}
+        place: dict[str, Any] = {"grid": config.grid, "generators": generators, "device": device, "step": step}
         given = both.select(slice(0, draw.batch))
         return sample(denoiser, schedule, given, both, config=sampler, **place).cpu()
 

@@ -31,6 +31,7 @@ from knn_diffusion.device import (
     device_name,
     full_memory_told,
 )
+from knn_diffusion.diffusion.compiled import CompiledStep
 from knn_diffusion.diffusion.conditioning import (
     make_condition,
     replace_first_neighbor,
@@ -39,6 +40,7 @@ from knn_diffusion.diffusion.conditioning import (
 )
 from knn_diffusion.diffusion.process import q_sample
 from knn_diffusion.diffusion.sampling import StepInfo, sample
+from knn_diffusion.diffusion.step import Step, reverse_step
 from knn_diffusion.errors import FingerprintError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.hub import check_hub_id, is_hub_id, send
 from knn_diffusion.image_index import ImageIndex
@@ -89,13 +91,22 @@ class KnnDiffusion:
     """
 
     def __init__(
-        self, model: Model, index: ImageIndex | None = None, *, device: str = "auto", dtype: str = "auto"
+        self,
+        model: Model,
+        index: ImageIndex | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        compile: bool = False,
     ) -> None:
         """Put a model on a device.
 
         Args:
             dtype: arithmetic of the denoiser: "float32", "bfloat16", or "auto", which is bfloat16 where the hardware
                 computes in it.
+            compile: whether to compile a pass of the sampler when the first drawing needs it, which takes a minute or more; for
+                servers and long batches. Pictures may differ from uncompiled ones in a few tokens.
+        Raises: MissingDependencyError where torch cannot compile.
         """
         self.model = model
         self.device = choose_device(device)
@@ -103,6 +114,7 @@ class KnnDiffusion:
         with full_memory_told(self._too_small):
             self.denoiser = deepcopy(model.denoiser).to(self.device, self.dtype).eval().requires_grad_(False)
             self.tokenizer = deepcopy(model.tokenizer).to(self.device)
+        self.step: Step = CompiledStep(self.device) if compile else reverse_step
         self.null: Tensor | None = None  # y' = 0
         if model.reads_text:
             null = text_states(model.encoder, [""])[0] if model.null is None else model.null
@@ -121,6 +133,7 @@ class KnnDiffusion:
         revision: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        compile: bool = False,
     ) -> KnnDiffusion:
         """A bundled model ("stickers"), a model folder or one of the hub ("owner/name"), with its own index or the given one.
 
@@ -129,6 +142,7 @@ class KnnDiffusion:
 
         Args:
             revision: branch, tag or commit of a model of the hub.
+            device, dtype, compile: as for a model.
 
         Raises: CheckpointError when a part is missing or damaged; FingerprintError when parts or index were made with
         different encoders; StoreError when the index is missing or damaged; HubError when the hub does not have it or
@@ -139,7 +153,7 @@ class KnnDiffusion:
         if index is None and model.folder is not None and (model.folder / "index").is_dir():
             index = ImageIndex.open(model.folder / "index", encoder=model.encoder, read_only=shared)
         opened = ImageIndex.open(index, encoder=model.encoder) if isinstance(index, str | Path) else index
-        return cls(model, opened, device=device, dtype=dtype)
+        return cls(model, opened, device=device, dtype=dtype, compile=compile)
 
     @property
     def index(self) -> ImageIndex:
@@ -314,6 +328,7 @@ class KnnDiffusion:
             start_step=start_step,
             callback=watch,
             device=self.device,
+            step=self.step,
         )
 
     @_memory_told

@@ -19,6 +19,7 @@ from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.errors import CheckpointError, FingerprintError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.images import open_image, square
 from knn_diffusion.model_folder import bundled_models, read_pipeline_file
+from knn_diffusion.pipeline import images_at_once
 from knn_diffusion.request import MAX_PROMPT_CHARACTERS, Passed, check_prompt, check_request
 
 
@@ -77,6 +78,13 @@ def test_image_i_is_the_same_in_micro_batches_of_any_filling(model_folder: Path,
     five = pipe("a blue circle", num_images_per_prompt=5, seed=3).images
     two = pipe("a blue circle", num_images_per_prompt=2, seed=3).images
     assert np.array_equal(pixels(five[:2]), pixels(two))
+
+
+def test_as_many_images_are_drawn_together_as_fill_the_device() -> None:
+    """The paper's size fills a GPU with one image; on a CPU small ones do."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [images_at_once(cuda, places) for places in (16, 64, 256, 1024, 4096)] == [64, 16, 4, 1, 1]
+    assert [images_at_once(cpu, places) for places in (16, 1024)] == [1, 1]
 
 
 def test_a_prompt_is_drawn_alike_alone_and_among_others(pipe: KnnDiffusion) -> None:

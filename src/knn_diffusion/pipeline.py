@@ -61,8 +61,8 @@ from knn_diffusion.request import (
 )
 from knn_diffusion.shapes import Condition, Tokens
 
-MICRO_BATCH = {"cpu": 1, "cuda": 8}
-"""Images drawn together. Fixed, because a batched matrix product gives other last bits at another batch size."""
+PLACES_AT_ONCE = {"cuda": 2048}
+"""Places of the transformer that fill a kind of device, of all images and both halves of guidance; elsewhere an image's do."""
 
 Begin = tuple[Int[Tensor, "1 seq"], int]
 """Where an edit starts: the clean tokens of the reference, and the step they are noised to."""
@@ -119,7 +119,7 @@ class KnnDiffusion:
         if model.reads_text:
             null = text_states(model.encoder, [""])[0] if model.null is None else model.null
             self.null = null.to(self.device)
-        self.micro_batch = MICRO_BATCH.get(self.device.type, 1)
+        self.micro_batch = images_at_once(self.device, model.denoiser.config.places)
         self._index: ImageIndex | None = None
         if index is not None:
             self.index = index
@@ -292,7 +292,7 @@ class KnnDiffusion:
         drawn = []
         for first in range(0, len(numbers), self.micro_batch):
             batch = list(range(first, min(first + self.micro_batch, len(numbers))))
-            padded = batch + batch[-1:] * (self.micro_batch - len(batch))  # always the same shapes, see MICRO_BATCH
+            padded = batch + batch[-1:] * (self.micro_batch - len(batch))  # always the same shapes
             generators = [generator_for(request.seed, numbers[i]) for i in padded]
             y = Condition(y=rows.y[padded], present=rows.present[padded])
             tokens = self._chain(
@@ -422,6 +422,15 @@ class KnnDiffusion:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def images_at_once(device: torch.device, places: int) -> int:
+    """Images of so many places drawn together; a number of its own for each device and model.
+
+    Fixed, because a batched matrix product gives other last bits at another batch size; and no larger than what fills the device,
+    because a single image is drawn as so many.
+    """
+    return max(1, PLACES_AT_ONCE.get(device.type, 1) // (2 * places))
 
 
 def _every_row(condition: Condition, count: int, device: torch.device) -> Condition:

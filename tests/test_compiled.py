@@ -19,13 +19,14 @@ from tiny_world import build_model, draw_pictures
 from torch import Tensor
 
 from knn_diffusion import KnnDiffusion, pipeline
+from knn_diffusion.diffusion import compiled
 from knn_diffusion.diffusion.compiled import CompiledStep, rounded
 from knn_diffusion.diffusion.conditioning import make_condition, with_null
 from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.diffusion.process import Preset, Schedule, q_sample
 from knn_diffusion.diffusion.sampling import StepInfo, sample
 from knn_diffusion.diffusion.step import Step, reverse_step
-from knn_diffusion.errors import MissingDependencyError
+from knn_diffusion.errors import MissingDependencyError, UsageError
 from knn_diffusion.models.denoiser import Denoiser, DenoiserConfig
 from knn_diffusion.randomness import generator_for
 
@@ -98,10 +99,10 @@ def draw(
 )
 def test_the_traced_pass_draws_the_same_tokens(denoiser: Denoiser, order: Any, preset: Preset) -> None:
     sampler = SamplerConfig(num_steps=6, order=order, truncation=0.95)
-    compiled = CompiledStep(CPU, backend="eager")
+    step = CompiledStep(CPU, backend="eager")
     for start_step in (None, 14):
         plain, traced = (
-            draw(denoiser, step, sampler, preset=preset, start_step=start_step) for step in (reverse_step, compiled)
+            draw(denoiser, how, sampler, preset=preset, start_step=start_step) for how in (reverse_step, step)
         )
         assert torch.equal(plain, traced)
 
@@ -114,10 +115,11 @@ def test_passes_share_their_graphs_whatever_steps_seed_and_guidance(
     traced = Traced()
     step = CompiledStep(CPU, backend=traced)
     sampler = SamplerConfig(num_steps=5, order=order)
-    draw(denoiser, step, sampler)
+    draw(denoiser, step, sampler, count=1)
     assert traced.graphs == graphs
-    draw(denoiser, step, sampler, first=7)
-    draw(denoiser, step, replace(sampler, num_steps=8, guidance_scale=3.0, temperature=0.7, choice_temperature=1.0))
+    draw(denoiser, step, sampler, count=1, first=7)
+    other = replace(sampler, num_steps=8, guidance_scale=3.0, temperature=0.7, choice_temperature=1.0)
+    draw(denoiser, step, other, count=1)
     assert traced.graphs == graphs
 
 
@@ -129,6 +131,27 @@ def test_guided_and_unguided_passes_are_two_graphs(denoiser: Denoiser) -> None:
     drawn = draw(denoiser, CompiledStep(CPU, backend=traced), sampler)
     assert traced.graphs == 2
     assert torch.equal(drawn, draw(denoiser, reverse_step, sampler))
+
+
+def test_many_kinds_of_passes_are_compiled_but_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself torch would end the ninth with an error of many lines."""
+    schedule = Schedule(num_steps=STEPS, vocab_size=VOCAB, preset="absorbing")
+    step = CompiledStep(CPU, backend="eager")
+
+    def images(count: int) -> Tensor:
+        return sample(
+            lambda x_n, step, y: torch.zeros(*x_n.shape, VOCAB), schedule, None, None, step=step, grid=2,
+            config=SamplerConfig(num_steps=1, order="ancestral", guidance_scale=1.0),
+            generators=[generator_for(number) for number in range(count)],
+        )  # fmt: skip
+
+    for count in range(1, 11):
+        assert len(images(count)) == count
+    monkeypatch.setattr(compiled, "MAX_GRAPHS", 3)
+    with pytest.raises(
+        UsageError, match="expected at most 3 kinds of passes to compile, got one more: draw with fewer"
+    ):
+        images(11)
 
 
 def test_a_chain_survives_graphs_that_write_to_the_same_memory_again(denoiser: Denoiser) -> None:
@@ -166,9 +189,9 @@ def test_a_pipeline_compiles_when_asked(tmp_path: Path, monkeypatch: pytest.Monk
     folder = build_model(tmp_path / "tiny", draw_pictures(tmp_path / "pictures"))
     traced = Traced()
     monkeypatch.setattr(pipeline, "CompiledStep", lambda device: CompiledStep(device, backend=traced))
-    plain, compiled = (KnnDiffusion.from_pretrained(folder, device="cpu", compile=one) for one in (False, True))
+    plain, faster = (KnnDiffusion.from_pretrained(folder, device="cpu", compile=one) for one in (False, True))
     for ask in (lambda pipe: pipe("a cat"), lambda pipe: pipe.edit(tmp_path / "pictures" / "red-bar.png", "a cat")):
-        images = [np.asarray(ask(pipe).images[0]) for pipe in (plain, compiled)]
+        images = [np.asarray(ask(pipe).images[0]) for pipe in (plain, faster)]
         assert np.array_equal(*images)
     assert traced.graphs > 0
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from knn_diffusion.diffusion.step import Pass, Way, reverse_step
-from knn_diffusion.errors import MissingDependencyError
+from knn_diffusion.errors import MissingDependencyError, UsageError
 from knn_diffusion.shapes import Tokens
 
 MODES = {"cuda": "reduce-overhead"}
@@ -51,7 +51,7 @@ class CompiledStep:
     ) -> tuple[Tokens, Float[Tensor, "rows seq vocab"], Bool[Tensor, ""]]:
         """As `reverse_step`.
 
-        Raises: MissingDependencyError where there is no working compiler.
+        Raises: MissingDependencyError where there is no working compiler; UsageError for more kinds of passes than are kept.
         """
         now = replace(now, places=rounded(now.places, x_n.shape[1]))
         if self.captured:
@@ -59,7 +59,12 @@ class CompiledStep:
         try:
             with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
                 made = self._graph(way, now, x_n, y)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            raise UsageError(
+                f"expected at most {MAX_GRAPHS} kinds of passes to compile, got one more: draw with fewer different k, "
+                "or leave compile out"
+            ) from None
+        except torch._dynamo.exc.TorchDynamoException as error:
             raise _unavailable(error) from error
         if not self.captured:
             return made

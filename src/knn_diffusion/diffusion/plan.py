@@ -162,8 +162,10 @@ def passes(
     places = [seq] * total if config.order == "ancestral" or schedule.replaces else drawn.amax(1).tolist()
     count, rank = count.to(device), (halton_rank(grid) if config.order == "halton" else torch.arange(seq)).to(device)
     kinds = 2 if config.order == "confidence" else 1
-    luck = uniform(generators, batch, total * kinds * seq).view(batch, total, kinds, seq)
-    luck = luck.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format).to(device)  # passes kinds batch seq
+    luck = uniform(generators, batch, total * kinds * seq).view(batch, total, kinds, seq).permute(1, 2, 0, 3)
+    luck = luck.clone(memory_format=torch.contiguous_format).to(
+        device
+    )  # passes kinds batch seq; strides do not tell passes
     return [
         Pass(
             step=steps[index],

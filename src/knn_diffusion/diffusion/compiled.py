@@ -24,8 +24,8 @@ MAX_GRAPHS = 64
 class CompiledStep:
     """`reverse_step`, compiled by torch for this device when a pass of a new kind first comes.
 
-    Passes are of one kind when they agree in shapes (images at once, slots of y), in the order, in whether they are guided, and
-    in the number of places, which is rounded up here. So a chain has one to three graphs, whatever its steps; a graph of a
+    Passes are of one kind when they agree in shapes (images at once, slots of y), in the order, in truncation, in whether they
+    are guided, and in the number of places, which is rounded up here. So a chain has one to three graphs, whatever its steps; a graph of a
     large denoiser takes a minute or so to make, and torch keeps the generated code on the disk for the next process.
 
     Tokens are those of `reverse_step` but for the last bits of the arithmetic, which a compiler is free to order anew.

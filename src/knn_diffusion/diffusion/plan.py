@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from knn_diffusion.config import config, require
@@ -155,17 +155,9 @@ def passes(
         for index, scale in enumerate(guidance)
     ]
     scale, temperature, noise = torch.tensor(numbers, dtype=torch.float64, device=device).unbind(1)
-    shares = torch.tensor([1.0, *(move.share for move in moves)], dtype=torch.float64)
-    left = (masked * shares[:, None]).round().long()  # passes+1 batch
-    count = left[:-1] - left[1:]
-    drawn = count if config.order == "halton" else left[:-1]  # confidence is known of what has been drawn
-    places = [seq] * total if config.order == "ancestral" or schedule.replaces else drawn.amax(1).tolist()
+    places, count = _counts(schedule, config, moves, masked, seq)
     count, rank = count.to(device), (halton_rank(grid) if config.order == "halton" else torch.arange(seq)).to(device)
-    kinds = 2 if config.order == "confidence" else 1
-    luck = uniform(generators, batch, total * kinds * seq).view(batch, total, kinds, seq).permute(1, 2, 0, 3)
-    luck = luck.clone(memory_format=torch.contiguous_format).to(
-        device
-    )  # passes kinds batch seq; strides do not tell passes
+    luck = _luck(generators, total, 2 if config.order == "confidence" else 1, seq).to(device)
     return [
         Pass(
             step=steps[index],
@@ -173,7 +165,7 @@ def passes(
             scale=None if guidance[index] == 1 else scale[index],
             temperature=temperature[index],
             noise=noise[index],
-            places=max(1, places[index]),
+            places=places[index],
             rank=rank,
             count=count[index],
             level=luck[index, 0],
@@ -181,6 +173,27 @@ def passes(
         )
         for index in range(total)
     ]
+
+
+def _counts(
+    schedule: Schedule, config: SamplerConfig, moves: Sequence[Move], masked: Int[Tensor, "batch"], seq: int
+) -> tuple[list[int], Int[Tensor, "moves batch"]]:
+    """How many tokens of an image a pass may change, at most; and how many masked ones it draws in each, in a chosen order."""
+    shares = torch.tensor([1.0, *(move.share for move in moves)], dtype=torch.float64)
+    left = (masked * shares[:, None]).round().long()  # moves+1 batch
+    count = left[:-1] - left[1:]
+    if config.order == "ancestral" or schedule.replaces:
+        return [seq] * len(moves), count
+    drawn = count if config.order == "halton" else left[:-1]  # confidence is known of what has been drawn
+    return drawn.amax(1).clamp_min(1).tolist(), count
+
+
+def _luck(
+    generators: Sequence[torch.Generator], total: int, kinds: int, seq: int
+) -> Float[Tensor, "moves kinds batch seq"]:
+    """Uniform numbers for all passes, in the order in which an image's generator gives them."""
+    numbers = uniform(generators, len(generators), total * kinds * seq).view(-1, total, kinds, seq).permute(1, 2, 0, 3)
+    return numbers.clone(memory_format=torch.contiguous_format)  # so that no stride tells how many passes there are
 
 
 @lru_cache(maxsize=16)

@@ -209,6 +209,14 @@ def test_a_missing_compiler_is_named_in_one_line(denoiser: Denoiser) -> None:
     assert "\n" not in str(e.value)
 
 
+def test_memory_that_runs_out_while_compiling_is_no_missing_compiler(denoiser: Denoiser) -> None:
+    def full(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(denoiser, CompiledStep(CPU, backend=full), SamplerConfig(num_steps=2))
+
+
 def test_a_torch_that_cannot_compile_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("torch.compile is not supported on Python 9\nor so")

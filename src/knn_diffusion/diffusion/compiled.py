@@ -65,6 +65,8 @@ class CompiledStep:
                 "or leave compile out"
             ) from None
         except torch._dynamo.exc.TorchDynamoException as error:
+            if isinstance(cause := getattr(error, "inner_exception", None), torch.OutOfMemoryError):
+                raise cause from None
             raise _unavailable(error) from error
         if not self.captured:
             return made

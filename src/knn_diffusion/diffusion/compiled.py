@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from knn_diffusion.compiler import Backend, compile_whole, compiler_told
 from knn_diffusion.diffusion.step import Pass, Way, reverse_step
-from knn_diffusion.errors import MissingDependencyError, UsageError
+from knn_diffusion.errors import UsageError
 from knn_diffusion.shapes import Tokens
 
 MODES = {"cuda": "reduce-overhead"}
@@ -25,26 +25,20 @@ class CompiledStep:
     """`reverse_step`, compiled by torch for this device when a pass of a new kind first comes.
 
     Passes are of one kind when they agree in shapes (images at once, slots of y), in the order, in truncation, in whether they
-    are guided, and in the number of places, which is rounded up here. So a chain has one to three graphs, whatever its steps; a graph of a
-    large denoiser takes a minute or so to make, and torch keeps the generated code on the disk for the next process.
+    are guided, and in the number of places, which is rounded up here. So a chain has one to three graphs, whatever its steps; a
+    graph of a large denoiser takes a minute or so to make, and torch keeps the generated code on the disk for the next process.
 
     Tokens are those of `reverse_step` but for the last bits of the arithmetic, which a compiler is free to order anew.
     """
 
-    def __init__(self, device: torch.device, *, backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(self, device: torch.device, *, backend: Backend = "inductor") -> None:
         """Nothing is compiled yet.
 
         Args: backend: as `torch.compile` takes it.
         Raises: MissingDependencyError where torch cannot compile at all.
         """
         self.captured = device.type == "cuda"
-        mode = MODES.get(device.type) if backend == "inductor" else None
-        try:
-            import torch._dynamo  # takes a second
-
-            self._graph = torch.compile(reverse_step, fullgraph=True, dynamic=False, backend=backend, mode=mode)
-        except (RuntimeError, ImportError) as error:
-            raise _unavailable(error) from error
+        self._graph = compile_whole(reverse_step, backend, MODES.get(device.type) if backend == "inductor" else None)
 
     def __call__(
         self, way: Way, now: Pass, x_n: Tokens, y: Any
@@ -57,17 +51,13 @@ class CompiledStep:
         if self.captured:
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+            with compiler_told(), torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
                 made = self._graph(way, now, x_n, y)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             raise UsageError(
                 f"expected at most {MAX_GRAPHS} kinds of passes to compile, got one more: draw with fewer different k, "
                 "or leave compile out"
             ) from None
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if isinstance(cause := getattr(error, "inner_exception", None), torch.OutOfMemoryError):
-                raise cause from None
-            raise _unavailable(error) from error
         if not self.captured:
             return made
         x_s, logits, finite = made  # lie in the graph's own memory, which its next replay writes to
@@ -77,12 +67,3 @@ class CompiledStep:
 def rounded(places: int, seq: int) -> int:
     """A quarter, half or all of the tokens, so that passes that change more and more of them share their graphs."""
     return next(part for part in (-(-seq // 4), -(-seq // 2), seq) if part >= places)
-
-
-def _unavailable(error: Exception) -> MissingDependencyError:
-    cause = getattr(error, "inner_exception", error)
-    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    return MissingDependencyError(
-        f"expected torch.compile to work here, got {reason!r}: install a C++ compiler (g++; for a GPU also triton), "
-        "or leave compile out"
-    )

@@ -31,13 +31,13 @@ from knn_diffusion.cli.configuration import merged, parse_changes
 from knn_diffusion.config import from_dict
 from knn_diffusion.device import choose_dtype
 from knn_diffusion.diffusion.process import Schedule
-from knn_diffusion.image_index import EmbeddingTable
+from knn_diffusion.image_index import FrozenIndex
 from knn_diffusion.models.denoiser import DenoiserConfig
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
+from knn_diffusion.retrieval.dedup import OFF
 from knn_diffusion.retrieval.segments import stored_rows
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
-from knn_diffusion.tokens import CONTENT_BYTES, Made, Makers, TokenFolder
-from knn_diffusion.tokens.units import UNIT_IMAGES
+from knn_diffusion.tokens import CONTENT_BYTES, PART_IMAGES, Made, Makers, TokenFolder, UnitFacts
 from knn_diffusion.training.ahead import Ahead
 from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjective, DenoiserRun
 from knn_diffusion.training.neighbors import DenoiserData
@@ -56,17 +56,20 @@ def random_data(config: DenoiserConfig, items: int, neighbors: int, folder: Path
     store = Store.create(folder / "index", EncoderIdentity(name="random", fingerprint="random", dim=dim))
     makers = Makers(tokenizer="", seq=config.seq, vocab_size=config.vocab_size, encoder="", dim=dim)
     tokens = TokenFolder(folder / "tokens", makers)
-    for start in range(0, items, UNIT_IMAGES):
-        count = min(UNIT_IMAGES, items - start)
+    for start in range(0, items, PART_IMAGES):
+        count = min(PART_IMAGES, items - start)
         contents = rng.integers(0, 256, (count, CONTENT_BYTES), dtype=np.uint8)
         rows = [Item(source=f"{number}", content=one.tobytes().hex()) for number, one in enumerate(contents, start)]
         vectors = stored_rows(rng.normal(size=(count, dim)), dim, "random")
         store.append(rows, vectors)
         codes = rng.integers(0, config.vocab_size, (count, config.seq)).astype(np.uint16)
-        tokens.write(f"{start:012}", Made(contents=contents, embeddings=vectors, tokens=codes, skipped=[]))
+        part = tokens.write_part(
+            f"{start:012}", 0, Made(contents=contents, embeddings=vectors, tokens=codes, skipped=[])
+        )
+        tokens.close(f"{start:012}", UnitFacts(files=[], parts=[part], skipped=[]))
     lists = rng.integers(0, items, (items, neighbors), dtype=np.int32)
     return DenoiserData(
-        examples=tokens.examples(), items=np.arange(items), neighbors=lists, table=EmbeddingTable(store)
+        examples=tokens.examples(), items=np.arange(items), neighbors=lists, table=FrozenIndex(store, OFF)
     )
 
 

@@ -254,22 +254,26 @@ def test_training_neighbors_are_rows_of_the_embeddings() -> None:
     images = [picture(n) for n in range(30)]
     with ImageIndex.build(images, None, ENCODER, rule=DedupConfig(cosine=0.99, manhattan=None)) as index:
         index.remove([id_of(images[4])])
-        table, rows = index.embeddings.astype(np.float32), index.self_neighbors(3)
+        table, rows = index.embeddings.astype(np.float32), index.frozen().self_neighbors(3)
         ids = index.ids
         assert rows.shape == (29, 3)
         assert not (rows == np.arange(29)[:, None]).any()
-        found = index.neighbor_rows(table, 3, np.arange(29))
+        found = index.frozen().neighbor_places(table, 3, np.arange(29))
         np.testing.assert_array_equal(found, rows)
         best = index.search(table[7:8], 1, exclude_ids=[ids[7]]).ids[0][0]
         assert ids[rows[7, 0]] == best
         index.set_rule(OFF)
-        assert index.neighbor_rows(table[:3], 1, np.array([0, -1, 7]))[:, 0].tolist()[1:] == [1, 2]
-        assert index.neighbor_rows(table[:1], 1, np.array([0]))[0, 0] != 0 == index.neighbor_rows(table[:1], 1)[0, 0]
+        assert index.frozen().neighbor_places(table[:3], 1, np.array([0, -1, 7]))[:, 0].tolist()[1:] == [1, 2]
+        assert (
+            index.frozen().neighbor_places(table[:1], 1, np.array([0]))[0, 0]
+            != 0
+            == index.frozen().neighbor_places(table[:1], 1)[0, 0]
+        )
 
 
 def test_a_table_of_embeddings_stays_what_it_was(photos: Path, tmp_path: Path) -> None:
     with ImageIndex.build([photos], tmp_path / "index", ENCODER) as index:
-        before, table = index.embeddings, index.table()
+        before, table = index.embeddings, index.frozen()
         index.remove(index.ids[:3])
         index.add([picture(40)])
         index.compact()
@@ -277,7 +281,7 @@ def test_a_table_of_embeddings_stays_what_it_was(photos: Path, tmp_path: Path) -
         np.testing.assert_array_equal(table[np.arange(11)], before)
         places = np.array([[3, 0], [10, 3]])
         np.testing.assert_array_equal(table[places], before[places])
-        now = index.table()
+        now = index.frozen()
         assert len(now) == 9
         np.testing.assert_array_equal(now[np.arange(9)], index.embeddings)
 
@@ -290,11 +294,11 @@ def test_images_are_found_in_the_table_by_their_content(photos: Path, tmp_path: 
     with ImageIndex.build(images, tmp_path / "index", ENCODER, rule=OFF) as index:
         index.remove([id_of(images[2]), id_of(images[5])])
         asked = contents([images[8], images[2], picture(50), images[0]])
-        assert index.places_of(asked).tolist() == [6, -1, -1, 0]
+        assert index.frozen().places_of(asked).tolist() == [6, -1, -1, 0]
         index.compact()
         index.add([images[2]])
-        assert index.places_of(asked).tolist() == [6, 7, -1, 0]
-        assert index.places_of(asked[:0]).tolist() == []
+        assert index.frozen().places_of(asked).tolist() == [6, 7, -1, 0]
+        assert index.frozen().places_of(asked[:0]).tolist() == []
 
 
 def test_the_digest_follows_images_and_rule(photos: Path) -> None:

@@ -531,3 +531,39 @@ def test_a_resized_copy_has_the_same_averages(side: int) -> None:
         copy = picture.resize((side, side), Image.Resampling.LANCZOS)
         one, two = (images.averages(each, 8).astype(int) for each in (picture, copy))
         assert np.abs(one - two).mean() < 1.5
+
+
+def test_packed_archives_are_listed_as_unusable(tmp_path: Path) -> None:
+    for name in ("a.tar.gz", "b.tgz", "c.zip", "d.tar.zst"):
+        (tmp_path / name).write_bytes(b"packed")
+    for paths in ([tmp_path], sorted(tmp_path.iterdir())):
+        found = images.find_images(paths)
+        assert [Path(one.source).name for one in found] == ["a.tar.gz", "b.tgz", "c.zip", "d.tar.zst"]
+        for one in found:
+            with pytest.raises(ImageError, match="is packed: unpack it to a .tar or a folder"):
+                one.load()
+
+
+def test_the_tables_of_facts_beside_shards_are_passed_over(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    with tarfile.open(tmp_path / "00000.tar", "w") as shard:
+        Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+        shard.add(tmp_path / "0.png", "0.png")
+    (tmp_path / "0.png").unlink()
+    for name in ("00000", "00001"):
+        parquet.write_table(pyarrow.table({"key": ["0"], "caption": ["a cat"]}), tmp_path / f"{name}.parquet")
+    assert [Path(one.source).name for one in images.find_images([tmp_path])] == ["00000.tar::0.png", "00001.parquet"]
+
+
+def test_files_are_found_without_being_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no shard")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "c.heic").write_bytes(b"")
+    found = images.find_files([tmp_path, tmp_path / "b.png"])
+    assert [(one.key, one.is_container, bool(one.problem)) for one in found] == [
+        ("a.tar", True, False), ("b.png", False, False), ("c.heic", False, True),
+    ]  # fmt: skip
+    opened = [image.source for one in found for image in one.images()]
+    assert opened == [one.source for one in images.find_images([tmp_path])]

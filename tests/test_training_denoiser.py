@@ -17,6 +17,7 @@ from knn_diffusion import ImageIndex
 from knn_diffusion.config import from_dict
 from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.errors import ConfigError, UsageError
+from knn_diffusion.image_index import FrozenIndex
 from knn_diffusion.model_folder import load_model, write_pipeline_file
 from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.tokens import Examples, units
@@ -28,6 +29,7 @@ from knn_diffusion.training.processes import Processes
 from knn_diffusion.training.tokens import examples_of
 
 CPU = torch.device("cpu")
+QUIET = RunOptions(output=Path("nowhere"))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +71,8 @@ def examples(world: Path, index: ImageIndex, place: Path, tokenizer: str = "mode
 def test_no_image_is_its_own_neighbor(world: Path, tmp_path: Path) -> None:
     with ImageIndex.open(world / "model" / "index") as index:
         made = examples(world, index, tmp_path / "tokens")
-        data = prepare(made, index, 3, tmp_path)
-        own = index.places_of(made.contents)
+        data = prepare(made, index.frozen(), 3, tmp_path, QUIET)
+        own = index.frozen().places_of(made.contents)
         assert sorted(own.tolist()) == list(range(12))
         np.testing.assert_array_equal(made[np.arange(12)]["embedding"], index.embeddings[own])
     assert not (data.neighbors == own[:, None]).any()
@@ -83,17 +85,17 @@ def test_no_image_is_its_own_neighbor(world: Path, tmp_path: Path) -> None:
 def test_images_that_the_index_does_not_have_are_embedded_and_find_its_images(world: Path, tmp_path: Path) -> None:
     with ImageIndex.open(world / "model" / "index", read_only=True) as index:
         expected = examples(world, index, tmp_path / "before")
-        known = index.places_of(expected.contents)
+        known = index.frozen().places_of(expected.contents)
         index.remove([index.ids[known[4]], index.ids[known[7]]])
         made = examples(world, index, tmp_path / "tokens")
         np.testing.assert_array_equal(made.contents, expected.contents)
         every = np.arange(12)
         np.testing.assert_array_equal(made[every]["tokens"], expected[every]["tokens"])
         np.testing.assert_allclose(made[every]["embedding"], expected[every]["embedding"], atol=1e-3)
-        data = prepare(made, index, 3, tmp_path)
-        assert (index.places_of(made.contents) == -1).nonzero()[0].tolist() == [4, 7]
+        data = prepare(made, index.frozen(), 3, tmp_path, QUIET)
+        assert (index.frozen().places_of(made.contents) == -1).nonzero()[0].tolist() == [4, 7]
         own = made[np.array([4])]["embedding"].astype(np.float32)
-        np.testing.assert_array_equal(data.neighbors[4:5], index.neighbor_rows(own, 3))
+        np.testing.assert_array_equal(data.neighbors[4:5], index.frozen().neighbor_places(own, 3))
 
 
 def test_lists_of_a_large_index_are_made_at_once_and_only_those_of_the_run_stay(
@@ -101,60 +103,93 @@ def test_lists_of_a_large_index_are_made_at_once_and_only_those_of_the_run_stay(
 ) -> None:
     with ImageIndex.open(world / "model" / "index", read_only=True) as index:
         made = examples(world, index, tmp_path / "tokens")
-        expected = prepare(made, index, 3, tmp_path / "every-pair").neighbors
+        expected = prepare(made, index.frozen(), 3, tmp_path / "every-pair", QUIET).neighbors
         asked: list[int] = []
-        real = ImageIndex.neighbor_rows
+        real = FrozenIndex.neighbor_places
         monkeypatch.setattr(neighbors, "EVERY_PAIR", 5)
-        monkeypatch.setattr(ImageIndex, "neighbor_rows", lambda *given: asked.append(len(given[1])) or real(*given))
-        np.testing.assert_array_equal(prepare(made, index, 3, tmp_path / "at-once").neighbors, expected)
+        monkeypatch.setattr(FrozenIndex, "neighbor_places", lambda *given: asked.append(len(given[1])) or real(*given))
+        np.testing.assert_array_equal(prepare(made, index.frozen(), 3, tmp_path / "at-once", QUIET).neighbors, expected)
         assert asked == []
         kept = (sorted(path.name for path in (tmp_path / one).iterdir()) for one in ("at-once", "every-pair"))
         assert next(kept) == next(kept)
-        index.remove([index.ids[index.places_of(made.contents)[2]]])
-        prepare(made, index, 3, tmp_path / "one-alone")
+        index.remove([index.ids[index.frozen().places_of(made.contents)[2]]])
+        prepare(made, index.frozen(), 3, tmp_path / "one-alone", QUIET)
         assert asked == [1]
         monkeypatch.setattr(neighbors, "FEW", 1)
-        prepare(made, index, 2, tmp_path / "one-alone")
+        prepare(made, index.frozen(), 2, tmp_path / "one-alone", QUIET)
         assert asked == [1, 1]
         one = np.arange(12) == 3
-        find_neighbors(made, np.flatnonzero(one), index, 3)
+        find_neighbors(made, np.flatnonzero(one), index.frozen(), 3, QUIET, tmp_path)
         assert asked == [1, 1, 1]
 
 
-def test_an_index_that_is_changed_while_neighbors_are_looked_up_is_told_and_nothing_is_kept(
+def test_neighbors_are_those_of_one_moment_whatever_becomes_of_the_index(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shutil.copytree(world / "model", tmp_path / "model")
+    with ImageIndex.open(tmp_path / "model" / "index") as index:
+        made = examples(world, index, tmp_path / "tokens")
+        expected = prepare(made, index.frozen(), 3, tmp_path / "before", QUIET)
+        real = FrozenIndex.neighbor_places
+
+        def changing(self: FrozenIndex, *given: Any, **options: Any) -> np.ndarray:
+            if len(index) == 12:
+                index.remove(index.ids[:2])
+                index.compact()
+            return real(self, *given, **options)
+
+        monkeypatch.setattr(FrozenIndex, "neighbor_places", changing)
+        found = prepare(made, index.frozen(), 3, tmp_path / "cache", QUIET)
+        assert len(index) == 10
+        np.testing.assert_array_equal(found.neighbors, expected.neighbors)
+        batch, before = (one.batch(torch.arange(12), torch.Generator()) for one in (found, expected))
+        assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+def test_lists_of_the_whole_index_are_not_made_twice(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbors, "EVERY_PAIR", 5)
+    calls: list[int] = []
+    real = FrozenIndex.self_neighbors
+    monkeypatch.setattr(FrozenIndex, "self_neighbors", lambda *given, **more: calls.append(1) or real(*given, **more))
     with ImageIndex.open(world / "model" / "index", read_only=True) as index:
         made = examples(world, index, tmp_path / "tokens")
-        expected = prepare(made, index, 3, tmp_path / "before").neighbors
-        real, first = ImageIndex.neighbor_rows, index.ids[0]
+        index.remove([index.ids[3]])
 
-        def removing(self: ImageIndex, *given: Any, **options: Any) -> np.ndarray:
-            found = real(self, *given, **options)
-            index.remove([first])
-            return found
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(ImageIndex, "neighbor_rows", removing)
-        with pytest.raises(
-            UsageError, match="expected an index that nobody changes while neighbors are looked up, .*: give"
-        ):
-            prepare(made, index, 3, tmp_path / "cache")
-    monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(FrozenIndex, "neighbor_places", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(made, index.frozen(), 3, tmp_path, QUIET)
+        prepare(made, index.frozen(), 3, tmp_path, QUIET)
+    assert calls == [1]
+    assert not list(tmp_path.glob("neighbors-of*"))
+
+
+def test_many_comparisons_are_told_of(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "MANY_PAIRS", 100)
+    said: list[str] = []
     with ImageIndex.open(world / "model" / "index", read_only=True) as index:
-        np.testing.assert_array_equal(prepare(made, index, 3, tmp_path / "cache").neighbors, expected)
+        made = examples(world, index, tmp_path / "tokens")
+        prepare(made, index.frozen(), 3, tmp_path, RunOptions(output=tmp_path, notice=said.append))
+    assert said[0].startswith("12 of the 12 images are compared with all 12 of the index, as it does not have them")
 
 
 def test_a_picture_in_several_files_counts_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "UNIT_IMAGES", 5)
+    monkeypatch.setattr(units, "UNIT_FILES", 5)
     shutil.copytree(world / "pictures", tmp_path / "pictures")
     shutil.copy(tmp_path / "pictures" / "red-bar.png", tmp_path / "pictures" / "zebra.png")
     with ImageIndex.open(world / "model" / "index") as index:
         parts, _ = load_tokenizer(world / "model" / "tokenizer")
         options = RunOptions(output=tmp_path / "run")
         made = examples_of([tmp_path / "pictures"], index, parts, tmp_path / "tokens", Processes(device=CPU), options)
-        data = prepare(made, index, 3, tmp_path)
+        data = prepare(made, index.frozen(), 3, tmp_path, QUIET)
     assert len(made) == 13
-    assert data.items.tolist() == list(range(12))
+    assert len(data) == 12
+    assert len(np.unique(made.contents[data.items], axis=0)) == 12
 
 
 def test_an_index_with_too_few_neighbors_says_how_many_would_do(world: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
-from knn_diffusion.image_index.embedding import Skipped, embed_groups
+from knn_diffusion.image_index.embedding import embed_groups
 from knn_diffusion.image_index.encoder import IndexEncoder
 from knn_diffusion.image_index.ingest import AddReport, Images, Writer, find_sources
 from knn_diffusion.image_index.metadata_table import Tables, match_tables
@@ -81,9 +81,8 @@ def add(
     if tokens is not None:
         folder, tokenize = tokens.opened(encoder.load())
         recorder = Recorder(folder, found, store)
-        groups = [unit.images for unit in recorder.units]
-        writer.report.skipped += [Skipped(source=one["source"], reason=one["reason"]) for one in recorder.skipped]
-        writer.report.already_present += len(found) - sum(map(len, groups)) - len(recorder.skipped)
+        groups = recorder.groups
+        writer.report.already_present += len(found) - sum(map(len, groups))
     total, told = sum(map(len, groups)), progress or (lambda what, done, total: None)
     told("adding images", 0, total)
     if ray is None:
@@ -100,6 +99,8 @@ def add(
                 told("adding images", number, total)
         finally:
             writer.commit()
+    if recorder is not None:
+        recorder.finish()
     return writer.report
 
 

@@ -24,10 +24,7 @@ def ids(store: Store) -> list[str]:
 
 
 def content_keys(store: Store, snapshot: Snapshot) -> UInt64[np.ndarray, "items"]:
-    """The first eight bytes of the content digest of every image, in the order they were added.
-
-    Raises: CompactedError when the snapshot is too old.
-    """
+    """The first eight bytes of the content digest of every image, in the order they were added; 0 of those purged since."""
     records = snapshot.records.of_rows(snapshot.live_rows)
     keys = np.zeros(len(records), np.uint64)
     for start in range(0, len(records), KEYS_AT_ONCE):
@@ -39,7 +36,6 @@ def content_keys(store: Store, snapshot: Snapshot) -> UInt64[np.ndarray, "items"
         places = np.searchsorted(some, there)
         fits = some[places.clip(max=len(some) - 1)] == there
         keys[start + places[fits]] = contents[fits]
-    store.require_generation(snapshot)
     return keys
 
 
@@ -60,9 +56,8 @@ def preview(store: Store, wanted: str) -> Image.Image | None:
     return Image.open(io.BytesIO(content)).convert("RGB") if content is not None else None
 
 
-def digest(store: Store, also: object) -> str:
+def digest(store: Store, snapshot: Snapshot, also: object) -> str:
     """A digest of the images, their order, and something that counts beside them."""
-    snapshot = store.snapshot()
     parts = snapshot.digest(len(snapshot.segments)), np.packbits(snapshot.alive).tobytes().hex(), repr(also)
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import PurePath
 
 import numpy as np
 from jaxtyping import Int64, UInt64
+from PIL import Image
 
 from knn_diffusion.errors import ImageError
 from knn_diffusion.images import SourceImage
+from knn_diffusion.images.decode import one_line
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 
 RECORDS_AT_ONCE = 1_000_000
-SAMPLED = 4
-"""Images of a unit that are embedded to see whether names tell the truth."""
+SAMPLED = 8
+"""Images of a shard that are embedded to see whether names tell the truth: the first, the last, and some between by chance."""
 SAME_IMAGE = 0.95
 """Least cosine of an imported embedding and our own of the same image; other hardware and resizing stay above 0.99."""
 
@@ -29,18 +33,19 @@ class ImportedNames:
     several images have tells nothing. Sixteen bytes are held for each name.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, encoder: JointEncoder, notice: Callable[[str], None] | None = None) -> None:
+        """Args: notice: told in a line of images whose names are those of others."""
+        self._store, self._encoder, self._notice = store, encoder, notice
         self._names, self._records = store.consistently(self._read)
 
-    def contents_of(self, images: Sequence[SourceImage], encoder: JointEncoder) -> dict[str, str]:
+    def contents_of(self, images: Sequence[SourceImage]) -> dict[str, str]:
         """Source -> the digest by which the index knows the image, for those it has exactly one of by source or key.
 
-        None are told when a sample of them looks otherwise to the encoder: then they are images of the same names.
+        None are told when one of a sample looks otherwise to the encoder: then names are not to be believed.
         """
         records = {image.source: self._record_of(image) for image in images} if len(self._names) else {}
         found = [image for image in images if records.get(image.source, -1) >= 0]
-        if not found or not self._agree(found[:: -(-len(found) // SAMPLED)], records, encoder):
+        if not found or not self._agree(_sample(found), records):
             return {}
         contents = self._contents([records[image.source] for image in found])
         return {image.source: content for image, content in zip(found, contents, strict=True) if content}
@@ -53,23 +58,30 @@ class ImportedNames:
                 return int(self._records[start])
         return -1
 
-    def _agree(self, images: Sequence[SourceImage], records: dict[str, int], encoder: JointEncoder) -> bool:
-        pictures, wanted = [], []
+    def _agree(self, images: Sequence[SourceImage], records: dict[str, int]) -> bool:
+        loaded = list[tuple[SourceImage, Image.Image]]()
         for image in images:
-            try:
-                pictures.append(image.load())
-            except ImageError:
-                continue
-            wanted.append(records[image.source])
+            with suppress(ImageError):
+                loaded.append((image, image.load()))
+        wanted = np.array([records[image.source] for image, _ in loaded], np.int64)
 
         def read(now: Snapshot) -> np.ndarray:
-            rows = now.records.rows_of(np.array(wanted, np.int64))
-            return self._store.embeddings(rows[rows >= 0], now) if (rows >= 0).all() else np.zeros((0, 0))
+            rows = now.records.rows_of(wanted)
+            return self._store.embeddings(rows, now) if (rows >= 0).all() else np.zeros((0, 0))
 
         stored = self._store.consistently(read).astype(np.float32)
-        if not pictures or len(stored) != len(pictures):
+        if not loaded or len(stored) != len(loaded):
             return False
-        return bool(((encoder.encode_images(pictures) * stored).sum(1) >= SAME_IMAGE).all())
+        cosines = (self._encoder.encode_images([picture for _, picture in loaded]) * stored).sum(1)
+        if (cosines >= SAME_IMAGE).all():
+            return True
+        if self._notice is not None:
+            worst = int(cosines.argmin())
+            self._notice(
+                f"{one_line(loaded[worst][0].source)} is not the image that the index has by its name (cosine {cosines[worst]:.2f}): "
+                f"images of {one_line(loaded[worst][0].file)} are embedded instead"
+            )
+        return False
 
     def _contents(self, records: Sequence[int]) -> list[str | None]:
         """The digest of each record, None of those removed meanwhile."""
@@ -101,6 +113,12 @@ class ImportedNames:
         every, records = np.concatenate(names), np.concatenate(owners)
         order = np.argsort(every, kind="stable")
         return every[order], records[order]
+
+
+def _sample(images: Sequence[SourceImage]) -> list[SourceImage]:
+    """The same ones of the same images."""
+    between = random.Random(images[0].source).sample(range(len(images)), min(SAMPLED, len(images)))
+    return [images[place] for place in sorted({0, len(images) - 1, *between[: SAMPLED - 2]})]
 
 
 def _key(name: str) -> np.uint64:

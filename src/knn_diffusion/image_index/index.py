@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float16, Int, UInt8
+from jaxtyping import Float, Float16
 from PIL import Image
 
 from knn_diffusion import images as pictures
@@ -28,11 +28,11 @@ from knn_diffusion.image_index.distributed import RayConfig
 from knn_diffusion.image_index.encoder import AnyEncoder, IndexEncoder, identity_of, keep_place, loaded
 from knn_diffusion.image_index.exchange import Claim, import_files
 from knn_diffusion.image_index.exclusion import Excluded, per_query
+from knn_diffusion.image_index.frozen import FrozenIndex
 from knn_diffusion.image_index.ingest import AddReport, Images, find_sources
 from knn_diffusion.image_index.metadata_table import Tables
 from knn_diffusion.image_index.settings import keep_reach, keep_rule, stored_rule, stored_settings
 from knn_diffusion.image_index.shared import Place, find_index
-from knn_diffusion.image_index.table import EmbeddingTable, places_of
 from knn_diffusion.image_index.tokenizing import TokenOutput, tokenize_units
 from knn_diffusion.image_index.upkeep import Upkeep, require_writable
 from knn_diffusion.models.encoders import JointEncoder
@@ -52,9 +52,8 @@ from knn_diffusion.retrieval.interchange import (
 from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.metadata import Value
 from knn_diffusion.retrieval.near_duplicates import NearDuplicateRule
-from knn_diffusion.retrieval.neighbors import neighbors_of, self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Modality, Plan, plan_for
-from knn_diffusion.retrieval.segments import Snapshot, unit_rows
+from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
 from knn_diffusion.shapes import Neighbors
 from knn_diffusion.tokens import TokenFolder, Tokenize, Unit
@@ -431,55 +430,27 @@ class ImageIndex:
     # Training
 
     def tokenize(
-        self, units: Sequence[Unit], folder: TokenFolder, tokenize: Tokenize, progress: Progress | None = None
+        self,
+        units: Sequence[Unit],
+        folder: TokenFolder,
+        tokenize: Tokenize,
+        *,
+        progress: Progress | None = None,
+        notice: Callable[[str], None] | None = None,
     ) -> None:
-        """Make those parts of a folder of tokens that are not there; the index stays as it is.
+        """Make those units of a folder of tokens that are not there; the index stays as it is.
 
         Images that it has, by their pixels or as imported embeddings of the same names, need not be encoded.
 
+        Args: notice: told in a line of images whose names are those of others.
+
         Raises: FingerprintError when the encoder is not at hand; KnnDiffusionError when the disk is full.
         """
-        tokenize_units(units, folder, tokenize, self._store, self.encoder, progress)
+        tokenize_units(units, folder, tokenize, self._store, self.encoder, progress=progress, notice=notice)
 
-    def table(self) -> EmbeddingTable:
-        """The embeddings as they are now, read as they are asked for, whatever becomes of the index meanwhile."""
-        return EmbeddingTable(self._store)
-
-    def places_of(self, contents: UInt8[np.ndarray, "images digest"]) -> Int[np.ndarray, "images"]:
-        """Where images with these SHA-256 of their pixels lie in `embeddings`, -1 for those that are not there."""
-        return places_of(self._store, contents)
-
-    def neighbor_rows(
-        self,
-        queries: Float[np.ndarray, "queries dim"],
-        k: int,
-        own: Int[np.ndarray, "queries"] | None = None,
-        *,
-        device: str = "cpu",
-    ) -> Int[np.ndarray, "queries k"]:
-        """Rows of `embeddings` nearest to each image, -1 where too few are left; near-copies left out.
-
-        Args:
-            own: the row of each image itself, -1 where it is not there; it is left out.
-        """
-        units = unit_rows(queries, self.dim, "queries")
-        excluded = np.full(len(queries), -1) if own is None else own
-
-        def read(now: Snapshot) -> Int[np.ndarray, "queries k"]:
-            return neighbors_of(self._store, units, excluded[:, None], k, self.rule, snapshot=now, device=device)
-
-        return self._store.consistently(read)
-
-    def self_neighbors(
-        self, k: int, *, output: str | Path | None = None, device: str = "cpu", progress: Progress | None = None
-    ) -> Int[np.ndarray, "items k"]:
-        """The rows of `embeddings` nearest to each of them, itself and its near-copies left out.
-
-        Args:
-            output: a .npy file for the table, which then is mapped, not held; an interrupted call goes on there.
-        """
-        place = Path(output) if output is not None else None
-        return self_neighbors(self._store, k, self.rule, device=device, output=place, progress=progress)
+    def frozen(self) -> FrozenIndex:
+        """The index as it is now, for a training to look up neighbors in, whatever becomes of it meanwhile."""
+        return FrozenIndex(self._store, self.rule)
 
     # Facts
 
@@ -536,7 +507,7 @@ class ImageIndex:
     @property
     def digest(self) -> str:
         """Changes whenever the images, their order, or the rule of de-duplication do."""
-        return catalog.digest(self._store, self.rule)
+        return catalog.digest(self._store, self._store.snapshot(), self.rule)
 
     def sources(self, ids: Sequence[str]) -> list[str]:
         """Where the images came from. Raises: UsageError for an unknown id."""

@@ -5,14 +5,13 @@ Either way an image is decoded once, and its embedding is that of the index wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from knn_diffusion.image_index.distributed import DEADLY
 from knn_diffusion.image_index.embedding import Known, Outcome, Row, Skipped, embed
 from knn_diffusion.image_index.imported import ImportedNames
 from knn_diffusion.images import SourceImage
@@ -22,9 +21,19 @@ from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.segments import Snapshot, stored_rows
 from knn_diffusion.retrieval.store import Store
-from knn_diffusion.tokens import CONTENT_BYTES, Made, TokenFolder, Tokenize, Unit, makers_of, units_of
+from knn_diffusion.tokens import (
+    CONTENT_BYTES,
+    PART_IMAGES,
+    Made,
+    TokenFolder,
+    Tokenize,
+    Unit,
+    UnitFacts,
+    makers_of,
+    units_of_images,
+)
 
-REMOVED = "it was removed from the index while its tokens were made: give the command again"
+REMOVED = "it was removed from the index while its tokens were made"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,39 +55,82 @@ class TokenOutput:
         return TokenFolder(Path(self.folder), makers), Tokenize(tokenizer)
 
 
-class Recorder:
-    """Outcomes of images on their way into a folder of tokens, a unit at a time; what is there already is left out."""
+class UnitRecorder:
+    """Outcomes of a unit's images on their way into a folder of tokens.
 
-    def __init__(self, folder: TokenFolder, found: Sequence[SourceImage], store: Store) -> None:
-        self.folder, self.store = folder, store
-        units = units_of(found)
-        done = {unit.name for unit in units if self._is_complete(unit)}
-        self.units = [unit for unit in units if unit.name not in done]
-        """Those whose images are to be given outcomes of, in their order."""
-        self.skipped = folder.examples(unit.name for unit in units if unit.name in done).skipped
-        """Images of the others that could not be used."""
-        self._left = iter(self.units)
-        self._open: Unit | None = None
+    Of a unit that is kept already only the images that could not be used are tried again.
+    """
+
+    def __init__(self, folder: TokenFolder, unit: Unit, kept: UnitFacts | None, store: Store) -> None:
+        self._folder, self._unit, self._store = folder, unit, store
+        skipped = {one["source"] for one in kept.skipped} if kept is not None else set()
+        every = unit.open() if kept is None or skipped else []
+        self.images = [one for one in every if kept is None or one.source in skipped]
+        """Those to be given outcomes of, in their order."""
+        self._parts = list(kept.parts) if kept is not None else []
+        self._skipped: list[Mapping[str, str]] = []
         self._outcomes: list[Outcome] = []
+        self._done = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all outcomes were given."""
+        return self._done + len(self._outcomes) == len(self.images)
 
     def take(self, outcome: Outcome) -> bool:
-        """Note one outcome, and say whether it ends a unit: once the store has its images, `keep` is due."""
-        self._open = self._open or next(self._left)
+        """Note one outcome, and say whether it ends a part: once the store has its images, `keep` is due."""
         self._outcomes.append(outcome)
-        return len(self._outcomes) == len(self._open.images)
+        return self.is_whole or len(self._outcomes) == PART_IMAGES
 
     def keep(self) -> None:
-        """Write the part of the unit that ended; not where workers died, so that its images are tried again another time."""
-        assert self._open is not None
-        if not any(isinstance(one, Skipped) and one.reason == DEADLY for one in self._outcomes):
-            self.folder.write(self._open.name, made_of(self._outcomes, self.store))
-        self._open, self._outcomes = None, []
+        """Write the part that ended; with the last one the unit is kept."""
+        images = self.images[self._done : self._done + len(self._outcomes)]
+        made = made_of(images, self._outcomes, self._store)
+        if len(made.contents):
+            self._parts.append(self._folder.write_part(self._unit.name, len(self._parts), made))
+        self._skipped += made.skipped
+        self._done, self._outcomes = self._done + len(images), []
+        if self.is_whole:
+            facts = UnitFacts(files=self._unit.files, parts=self._parts, skipped=self._skipped)
+            self._folder.close(self._unit.name, facts)
 
-    def _is_complete(self, unit: Unit) -> bool:
-        """Whether its tokens are kept, and the index has its images."""
-        contents = self.folder.contents(unit.name) if unit.name in self.folder else []
-        rows = self.store.consistently(lambda now: self.store.rows_of_contents(contents, now))
-        return bool(contents) and bool((rows >= 0).all())
+
+class Recorder:
+    """Outcomes of many units' images, one unit after the other; what is kept and in the index is left out."""
+
+    def __init__(self, folder: TokenFolder, found: Sequence[SourceImage], store: Store) -> None:
+        self._folder, self._store = folder, store
+        self._units = units_of_images(found)
+        every = [UnitRecorder(folder, unit, self._kept(unit), store) for unit in self._units]
+        self._todo = [one for one in every if one.images]
+        self.groups: list[Sequence[SourceImage]] = [one.images for one in self._todo]
+        """The images to be given outcomes of, unit by unit."""
+        self._left = iter(self._todo)
+        self._open: UnitRecorder | None = None
+
+    def take(self, outcome: Outcome) -> bool:
+        """As UnitRecorder.take."""
+        if self._open is None or self._open.is_whole:
+            self._open = next(self._left)
+        return self._open.take(outcome)
+
+    def keep(self) -> None:
+        """As UnitRecorder.keep."""
+        assert self._open is not None
+        self._open.keep()
+
+    def finish(self) -> None:
+        """Set aside what the units replace."""
+        self._folder.set_aside(self._units)
+
+    def _kept(self, unit: Unit) -> UnitFacts | None:
+        """What is kept of a unit of which the index has all images."""
+        kept = self._folder.kept(unit.name)
+        if kept is None:
+            return None
+        contents = self._folder.contents(unit.name)
+        rows = self._store.consistently(lambda now: self._store.rows_of_contents(contents, now))
+        return kept if (rows >= 0).all() else None
 
 
 def tokenize_units(
@@ -87,50 +139,60 @@ def tokenize_units(
     tokenize: Tokenize,
     store: Store,
     encoder: JointEncoder,
+    *,
     progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> None:
-    """Make the parts of these units that are not there, and leave the store as it is."""
-    missing = [unit for unit in units if unit.name not in folder]
-    total, done = sum(len(unit.images) for unit in missing), 0
-    names = ImportedNames(store) if missing else None
-    for unit in missing:
-        named = names.contents_of(unit.images, encoder) if names is not None else {}
+    """Make those of these units that are not there, and leave the store as it is.
 
-        def is_known(source: SourceImage, content: str, named: dict[str, str] = named) -> str | None:
+    Args: progress: told of images; how many there are is guessed from the shards that were opened.
+    """
+    names = ImportedNames(store, encoder, notice)
+    opened, done = list[int](), 0
+    for number, unit in enumerate(units):
+        kept = folder.kept(unit.name)
+        recorder = UnitRecorder(folder, unit, kept, store)
+        opened.append(len(recorder.images))
+        total = sum(opened) + (len(units) - number - 1) * sum(opened) // len(opened)
+        named = names.contents_of(recorder.images)
+
+        def is_known(source: SourceImage, content: str, named: Mapping[str, str] = named) -> str | None:
             return content if store.id_of_content(content) is not None else named.get(source.source)
 
-        outcomes = list[Outcome]()
-        for outcome in embed(unit.images, encoder, False, is_known, tokenize):
-            outcomes.append(outcome)
+        for outcome in embed(recorder.images, encoder, False, is_known, tokenize):
             done += 1
+            if recorder.take(outcome):
+                recorder.keep()
             if progress is not None:
                 progress("tokenizing", done, total)
-        folder.write(unit.name, made_of(outcomes, store))
+        if kept is None and not recorder.images:
+            recorder.keep()  # a table of facts alone: it need not be opened again
 
 
-def made_of(outcomes: Sequence[Outcome], store: Store) -> Made:
-    """The images with tokens among these outcomes, with the vectors that the store has of them."""
-    held = [one for one in outcomes if isinstance(one, Row | Known)]
-    contents = [bytes.fromhex(one.item.content if isinstance(one, Row) else one.content) for one in held]
+def made_of(images: Sequence[SourceImage], outcomes: Sequence[Outcome], store: Store) -> Made:
+    """Those of the images that have tokens, with the vectors that the store has of them; and those of no use."""
+    pairs = list(zip(images, outcomes, strict=True))
+    held = [(image, one, one.tokens) for image, one in pairs if isinstance(one, Row | Known) and one.tokens is not None]
+    contents = [bytes.fromhex(one.item.content if isinstance(one, Row) else one.content) for _, one, _ in held]
     vectors = np.zeros((len(held), store.encoder.dim), np.float16)
-    if new := [place for place, one in enumerate(held) if isinstance(one, Row)]:
-        given = np.stack([one.vector for one in held if isinstance(one, Row)])
-        vectors[new] = stored_rows(given, store.encoder.dim, "embeddings")
-    known = np.array([place for place, one in enumerate(held) if isinstance(one, Known)], np.int64)
+    known = np.array([place for place, (_, one, _) in enumerate(held) if isinstance(one, Known)], np.int64)
+    if rows := [(place, one.vector) for place, (_, one, _) in enumerate(held) if isinstance(one, Row)]:
+        vectors[[place for place, _ in rows]] = stored_rows(
+            np.stack([row for _, row in rows]), store.encoder.dim, "rows"
+        )
 
     def read(now: Snapshot) -> Int[np.ndarray, "known"]:
         rows = store.rows_of_contents([contents[place] for place in known], now)
         vectors[known[rows >= 0]] = store.embeddings(rows[rows >= 0], now)
         return rows
 
-    gone = {int(place) for place in known[store.consistently(read) < 0]}
-    kept = [place for place in range(len(held)) if place not in gone]
-    seq = [one.tokens for one in held if one.tokens is not None]
-    skipped = [asdict(one) for one in outcomes if isinstance(one, Skipped)]
-    skipped += [{"source": contents[place].hex(), "reason": REMOVED} for place in sorted(gone)]
+    there = np.ones(len(held), bool)
+    there[known] = store.consistently(read) >= 0
+    kept = np.flatnonzero(there)
+    gone = [Skipped(source=held[place][0].source, reason=REMOVED) for place in np.flatnonzero(~there)]
     return Made(
         contents=np.frombuffer(b"".join(contents[place] for place in kept), np.uint8).reshape(-1, CONTENT_BYTES),
         embeddings=vectors[kept],
-        tokens=np.stack(seq)[kept] if kept else np.zeros((0, 0), np.uint16),
-        skipped=skipped,
+        tokens=np.stack([held[place][2] for place in kept]) if len(kept) else np.zeros((0, 0), np.uint16),
+        skipped=[asdict(one) for one in (*(one for one in outcomes if isinstance(one, Skipped)), *gone)],
     )

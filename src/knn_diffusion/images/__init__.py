@@ -2,16 +2,19 @@
 
 from knn_diffusion.images.arrays import averages, from_array, pixels_from_uint8, square, to_array, uint8_from_pixels
 from knn_diffusion.images.decode import MAX_PIXELS, open_image
-from knn_diffusion.images.find import SourceImage, find_images
+from knn_diffusion.images.find import ImageFile, SourceImage, find_files, find_images, is_container
 from knn_diffusion.images.save import grid, parameters_text, read_settings, save_png
 
 __all__ = [
     "MAX_PIXELS",
+    "ImageFile",
     "SourceImage",
     "averages",
+    "find_files",
     "find_images",
     "from_array",
     "grid",
+    "is_container",
     "open_image",
     "parameters_text",
     "pixels_from_uint8",

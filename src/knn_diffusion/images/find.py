@@ -19,6 +19,8 @@ from knn_diffusion.images.decode import MAX_FILE_BYTES, one_line, open_image
 SUFFIXES = frozenset((".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 NOT_READ = frozenset((".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"))
 """Pictures in folders that are listed as unusable, so that nobody misses them without a word."""
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+"""Archives that are listed likewise: no member of them can be read at its offset."""
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 
 
@@ -36,26 +38,78 @@ class SourceImage:
     file: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A file that was found but not yet opened: a picture, or a shard or table of pictures.
+
+    path: where it lies; key: its name within what was asked for; problem: why nothing of it can be used.
+    """
+
+    path: str
+    key: str
+    problem: str = ""
+
+    @property
+    def is_container(self) -> bool:
+        """Whether it may hold many pictures."""
+        return not self.problem and is_container(self.path)
+
+    def images(self) -> Iterator[SourceImage]:
+        """The pictures in it, or one that fails to load where the file is of no use."""
+        place = Path(self.path)
+        if self.problem:
+            yield _failing(self.path, self.problem)
+        elif place.suffix.lower() == ".tar":
+            yield from _images_of_shard(place)
+        elif place.suffix.lower() == ".parquet":
+            yield from _images_of_table(place)
+        else:
+            yield SourceImage(self.path, self.key, functools.partial(open_image, place), self.path)
+
+
+def is_container(path: str) -> bool:
+    """Whether a file of this name holds many pictures."""
+    return Path(path).suffix.lower() in (".tar", ".parquet")
+
+
 def find_images(paths: Sequence[str | Path]) -> list[SourceImage]:
     """Every image of the folders (recursively, in sorted order), files, wildcards, tar shards and parquet tables.
 
-    In folders, shards and tables, what is no image by its name is passed over; so are hidden files and, in shards, links.
-    A damaged shard or table, a folder that may not be read and a picture of a format that is not read appear as images
-    that fail to load, so that a job over many can list them and go on.
+    In folders, shards and tables, what is no image by its name is passed over; so are hidden files, links in shards, and the tables
+    without images that img2dataset writes beside its shards. A damaged shard or table, a folder that may not be read and a file of a
+    format that is not read appear as images that fail to load, so that a job over many can list them and go on.
 
     Raises: UsageError when a path does not exist or nothing is found; MissingDependencyError for parquet without pyarrow.
     """
     found: dict[str, SourceImage] = {}
+    for file in find_files(paths):
+        for image in file.images():
+            found.setdefault(image.source, image)
+    if not found:
+        raise _nothing_found(paths)
+    return list(found.values())
+
+
+def find_files(paths: Sequence[str | Path]) -> list[ImageFile]:
+    """As `find_images`, without opening a shard or a table.
+
+    Raises: UsageError when a path does not exist or nothing is found.
+    """
+    found: dict[str, ImageFile] = {}
     for path in paths:
         for place in _expanded(path):
-            for image in _images_at(place):
-                found.setdefault(image.source, image)
+            for file in _files_at(place):
+                found.setdefault(file.path, file)
     if not found:
-        named = one_line(", ".join(str(path) for path in paths))
-        raise UsageError(
-            f"expected images ({', '.join(sorted(SUFFIXES))}), found none in {named or 'no path'}: check the paths"
-        )
+        raise _nothing_found(paths)
     return list(found.values())
+
+
+def _nothing_found(paths: Sequence[str | Path]) -> UsageError:
+    named = one_line(", ".join(str(path) for path in paths))
+    return UsageError(
+        f"expected images ({', '.join(sorted(SUFFIXES))}), found none in {named or 'no path'}: check the paths"
+    )
 
 
 def _expanded(path: str | Path) -> list[Path]:
@@ -67,39 +121,37 @@ def _expanded(path: str | Path) -> list[Path]:
     return [Path(match) for match in matches]
 
 
-def _images_at(place: Path) -> Iterator[SourceImage]:
+def _files_at(place: Path) -> Iterator[ImageFile]:
     if place.is_dir():
         closed = list[OSError]()
         for file in _files_below(place, closed.append):
-            yield from _images_of_file(file, str(file.relative_to(place)))
+            yield ImageFile(str(file), str(file.relative_to(place)), _problem(file))
         for error in closed:
-            name = one_line(error.filename)
-            yield _failing(str(error.filename), f"{name} cannot be read ({error.strerror}): change its permissions")
+            reason = f"{one_line(error.filename)} cannot be read ({error.strerror}): change its permissions"
+            yield ImageFile(str(error.filename), Path(error.filename).name, reason)
     elif place.is_file():
-        yield from _images_of_file(place, place.name)
+        yield ImageFile(str(place), place.name, _problem(place))
     else:
         raise UsageError(f"expected a file or a folder, {one_line(place)} is neither: check the path")
 
 
 def _files_below(folder: Path, closed: Callable[[OSError], object]) -> Iterator[Path]:
-    known = SUFFIXES | NOT_READ | {".tar", ".parquet"}
+    known = (*SUFFIXES, *NOT_READ, *PACKED, ".tar", ".parquet")
     for parent, folders, files in os.walk(folder, onerror=closed):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             file = Path(parent, name)
-            if not name.startswith(".") and file.suffix.lower() in known and file.is_file():
+            if not name.startswith(".") and name.lower().endswith(known) and file.is_file():
                 yield file
 
 
-def _images_of_file(file: Path, key: str) -> Iterator[SourceImage]:
-    if file.suffix.lower() == ".tar":
-        yield from _images_of_shard(file)
-    elif file.suffix.lower() == ".parquet":
-        yield from _images_of_table(file)
-    elif file.suffix.lower() in NOT_READ:
-        yield _failing(str(file), f"{one_line(file)} is of a format that is not read: save it as PNG or JPEG")
-    else:
-        yield SourceImage(str(file), key, functools.partial(open_image, file), str(file))
+def _problem(file: Path) -> str:
+    """Why a file is of no use by its name, empty when it may be of use."""
+    if file.suffix.lower() in NOT_READ:
+        return f"{one_line(file)} is of a format that is not read: save it as PNG or JPEG"
+    if file.name.lower().endswith(PACKED):
+        return f"{one_line(file)} is packed: unpack it to a .tar or a folder"
+    return ""
 
 
 def _failing(source: str, reason: str) -> SourceImage:
@@ -154,6 +206,8 @@ def _images_of_table(table: Path) -> Iterator[SourceImage]:
         reason = f"expected a parquet table, {one_line(table)} is damaged ({one_line(error)[:200]}): get an intact copy"
         yield _failing(str(table), reason)
         return
+    if column is None and table.with_suffix(".tar").is_file():
+        return  # facts about the images of that shard
     if column is None:
         reason = (
             f"expected a column of images ({', '.join(IMAGE_COLUMNS)}), {one_line(table)} has none: rename its column"

@@ -32,6 +32,7 @@ def self_neighbors(
     k: int,
     rule: DedupConfig,
     *,
+    snapshot: Snapshot | None = None,
     device: torch.device | str = "cpu",
     output: Path | None = None,
     progress: Progress | None = None,
@@ -43,12 +44,13 @@ def self_neighbors(
     (`cell_join`), which misses less than one in a hundred.
 
     Args:
+        snapshot: whose images; None for those of now.
         output: a .npy file to write the table to as it comes; an interrupted call goes on there.
 
     Returns: places in the order of `Snapshot.live_rows`, -1 where too few images are left; int64 beyond 2³¹ images.
     Raises: UsageError when k is below 1; StoreError when the store is damaged.
     """
-    finder = _finder(store, store.snapshot(), k, rule, device)
+    finder = _finder(store, snapshot or store.snapshot(), k, rule, device)
     if len(finder.rows) > EVERY_PAIR:
         return _joined(finder, output, progress)
     table = finder.empty_table(len(finder.rows))

@@ -13,9 +13,9 @@ from PIL import Image
 from knn_diffusion.checkpoint import weights_digest
 from knn_diffusion.images import pixels_from_uint8, square, to_array
 from knn_diffusion.models.tokenizer_protocol import Tokenizer
-from knn_diffusion.tokens.parts import Makers, token_type
+from knn_diffusion.tokens.examples import Makers, token_type
 
-MOST_PIXELS, MOST_IMAGES = 2**20, 64
+MOST_PIXELS, MOST_IMAGES = 2**20, 16
 """What a tokenizer sees at once: 16 images of 256 pixels, which take some gigabytes in a paper-sized network."""
 
 

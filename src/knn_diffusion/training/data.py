@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -174,10 +173,17 @@ def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report
 
 
 def cached_array(cache: Path, name: str, facts: Mapping[str, object], compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array made once from these facts: memory-mapped from `cache` when it is there, else computed and kept."""
-    key = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:12]
-    path = cache / f"{name}-{key}.npy"
-    with suppress(OSError, ValueError, EOFError):  # not there, or damaged
-        return np.load(path, mmap_mode="r")
-    atomic_write_bytes(path, npy_bytes(compute()))
+    """An array made once from these facts: memory-mapped from `cache` when it is there and sound, else computed and kept."""
+    path = cache / f"{name}-{facts_key(facts)}.npy"
+    digest = path.with_suffix(".sha256")
+    if not (path.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == file_digest(path)):
+        content = npy_bytes(compute())
+        digest.unlink(missing_ok=True)
+        atomic_write_bytes(path, content)
+        atomic_write_bytes(digest, hashlib.sha256(content).hexdigest().encode())
     return np.load(path, mmap_mode="r")
+
+
+def facts_key(facts: Mapping[str, object]) -> str:
+    """A short name for what something was made from."""
+    return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:12]

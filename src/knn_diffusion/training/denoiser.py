@@ -40,14 +40,14 @@ from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.shapes import Condition
 from knn_diffusion.training.activations import Activations, denoiser_activations
-from knn_diffusion.training.data import Batch, keep_pictures
+from knn_diffusion.training.data import Batch
 from knn_diffusion.training.loop import TrainingResult, check_output, train
 from knn_diffusion.training.neighbors import DenoiserData, prepare
 from knn_diffusion.training.objective import Phase, Validation
 from knn_diffusion.training.options import RunOptions
 from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.processes import joined
-from knn_diffusion.training.tokens import examples_of
+from knn_diffusion.training.tokens import examples_of, frozen_for_all
 
 PREVIEWS = 8
 
@@ -241,31 +241,6 @@ class DenoiserObjective:
             )
         self.denoiser.load_state_dict(trained.state_dict())
 
-    def lay_out(self, folder: Path, tokenizer: Path, index: ImageIndex) -> None:
-        """Put the parts that do not change into the model folder, so that every export completes a usable model.
-
-        Raises: UsageError when a denoiser there was trained with another tokenizer or encoder.
-        """
-        if (folder / "denoiser").is_dir():
-            self._check_same_parts(folder, tokenizer)
-            return
-        with atomic_folder(folder / "tokenizer") as temporary:
-            shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
-        save_encoder(index.encoder, folder / "encoder")
-
-    def _check_same_parts(self, folder: Path, tokenizer: Path) -> None:
-        trained = read_mapping(folder / "denoiser" / CONFIG_FILE).get("extra", {})
-        codes = [read_mapping(place / CONFIG_FILE).get("weights_sha256") for place in (folder / "tokenizer", tokenizer)]
-        for part, before, asked in (
-            ("encoder", trained.get("encoder"), self.encoder_fingerprint),
-            ("tokenizer", *codes),
-        ):
-            if before != asked:
-                raise UsageError(
-                    f"{folder} was trained with the {part} {str(before)[:12]}, got {str(asked)[:12]}: go on with that "
-                    f"{part} or choose another --output"
-                )
-
     def export(self, network: nn.Module, folder: Path, facts: Mapping[str, object]) -> None:
         """Write the denoiser in half precision with its schedule and its encoder's fingerprint, and the model around it."""
         weights = {name: value.half() for name, value in network.state_dict().items()}
@@ -321,19 +296,45 @@ def train_denoiser(
             tokenizer_folder = _tokenizer_folder(tokenizer, init)
             parts, _ = load_tokenizer(tokenizer_folder)
             check_tokenizer(run.denoiser, parts)
+            check_same_parts(output / "model", tokenizer_folder, index.encoder.fingerprint)
             parts.to(processes.device)
         with full_told():
             examples = examples_of(sources, index, parts, tokens, processes, told)
+            frozen = frozen_for_all(index, processes, told)
         with processes.first_goes_first(), full_told():
-            keep_pictures(output, examples.contents_digest, len(examples))
-            data = prepare(examples, index, run.conditioning.k, cache, told.report)
+            data = prepare(examples, frozen, run.conditioning.k, cache, told)
             training, validation = data.split(validation_count(len(data)))
             objective = DenoiserObjective(run, validation, parts, index.encoder.fingerprint)
             if processes.first:
-                objective.lay_out(output / "model", tokenizer_folder, index)
+                lay_out(output / "model", tokenizer_folder, index)
             if init is not None:
                 objective.start_from(resolve_model(init))
         return train(objective, training, run.training, told, processes)
+
+
+def lay_out(folder: Path, tokenizer: Path, index: ImageIndex) -> None:
+    """Put the parts that do not change into a model folder without a denoiser, so that every export completes a usable model."""
+    if not (folder / "denoiser").is_dir():
+        with atomic_folder(folder / "tokenizer") as temporary:
+            shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+        save_encoder(index.encoder, folder / "encoder")
+
+
+def check_same_parts(folder: Path, tokenizer: Path, encoder: str) -> None:
+    """Hold tokenizer and encoder (its fingerprint) against those that the denoiser in a model folder, if any, was trained with.
+
+    Raises: UsageError when it was trained with others.
+    """
+    if not (folder / "denoiser").is_dir():
+        return
+    trained = read_mapping(folder / "denoiser" / CONFIG_FILE).get("extra", {})
+    codes = [read_mapping(place / CONFIG_FILE).get("weights_sha256") for place in (folder / "tokenizer", tokenizer)]
+    for part, before, asked in (("encoder", trained.get("encoder"), encoder), ("tokenizer", *codes)):
+        if before != asked:
+            raise UsageError(
+                f"{folder} was trained with the {part} {str(before)[:12]}, got {str(asked)[:12]}: go on with that "
+                f"{part} or choose another --output"
+            )
 
 
 def _no_room_to_prepare(device: torch.device) -> TrainingError:

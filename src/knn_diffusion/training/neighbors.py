@@ -12,17 +12,19 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from knn_diffusion.errors import UsageError
-from knn_diffusion.image_index import ImageIndex
-from knn_diffusion.progress import Progress
+from knn_diffusion.image_index import FrozenIndex
 from knn_diffusion.retrieval.neighbors import EVERY_PAIR
 from knn_diffusion.tokens import Examples
-from knn_diffusion.training.data import Batch, cached_array
+from knn_diffusion.training.data import Batch, cached_array, facts_key
+from knn_diffusion.training.options import RunOptions
 
 CHUNK = 256
 ABSENT = -1
 FEW = 100
 """Where fewer than one in so many of a large index are asked for, comparing each with all is cheaper than making all lists."""
-WHOLE = "neighbors-of-the-index.npy"
+MANY_PAIRS = 10**10
+"""Comparing so many takes minutes."""
+WHOLE = "neighbors-of-the-index"
 """The lists of all images of the index, until those of the run's own images are kept."""
 
 
@@ -40,7 +42,7 @@ class DenoiserData:
 
     examples    [records] of `tokens` and `embedding`, the codes of an image and its own place in H
     items       [items] which of the examples these are; no image twice
-    neighbors   [items, k] rows of `table`, nearest first, -1 where there are fewer; never the image itself
+    neighbors   [items, k] places in `table`, nearest first, -1 where there are fewer; never the image itself
     table       [rows, dim] embeddings of the index
     """
 
@@ -74,40 +76,22 @@ class DenoiserData:
         )
 
 
-def prepare(
-    examples: Examples, index: ImageIndex, k: int, cache: Path, progress: Progress | None = None
-) -> DenoiserData:
+def prepare(examples: Examples, index: FrozenIndex, k: int, cache: Path, told: RunOptions) -> DenoiserData:
     """Lines 2, 5 and 7 of Algorithm 1 for all images: neighbor lists are kept in `cache` under what they were made from.
 
-    Raises: UsageError when the index is too small to give any image k neighbors besides itself, or is changed meanwhile.
+    Raises: UsageError when the index is too small to give any image k neighbors besides itself.
     """
     if k and len(index) < k + 1:
         raise UsageError(
             f"expected an index of more than {k} images, got {len(index)}: add images or train with fewer neighbors "
             f"(--set conditioning.k={max(0, len(index) - 1)})"
         )
-    digest = index.digest
-
-    def of_one_moment() -> Int[np.ndarray, "items k"]:
-        found = find_neighbors(examples, items, index, k, progress, cache)
-        _require_unchanged(index, digest)
-        return found
-
+    facts = {"examples": examples.digest, "index": index.digest, "k": k}
     items = cached_array(cache, "items", {"examples": examples.digest}, lambda: first_of_each(examples.contents))
-    facts = {"examples": examples.digest, "index": digest, "k": k}
-    neighbors, table = cached_array(cache, "neighbors", facts, of_one_moment), index.table()
-    (cache / WHOLE).unlink(missing_ok=True)
-    _require_unchanged(index, digest)
-    return DenoiserData(examples=examples, items=items, neighbors=neighbors, table=table)
-
-
-def _require_unchanged(index: ImageIndex, digest: str) -> None:
-    """Raise UsageError when the rows of neighbors may be those of other images by now."""
-    if index.digest != digest:
-        raise UsageError(
-            f"expected an index that nobody changes while neighbors are looked up, {index.folder or 'that in memory'} was "
-            "changed: give the same command again, or train with a copy of the index"
-        )
+    neighbors = cached_array(cache, "neighbors", facts, lambda: find_neighbors(examples, items, index, k, told, cache))
+    for whole in cache.glob(f"{WHOLE}*"):
+        whole.unlink()
+    return DenoiserData(examples=examples, items=items, neighbors=neighbors, table=index)
 
 
 def first_of_each(contents: UInt8[np.ndarray, "images digest"]) -> Int[np.ndarray, "items"]:
@@ -119,15 +103,15 @@ def first_of_each(contents: UInt8[np.ndarray, "images digest"]) -> Int[np.ndarra
 def find_neighbors(
     examples: Examples,
     items: Int[np.ndarray, "items"],
-    index: ImageIndex,
+    index: FrozenIndex,
     k: int,
-    progress: Progress | None = None,
-    cache: Path | None = None,
+    told: RunOptions,
+    cache: Path,
 ) -> Int[np.ndarray, "items k"]:
-    """Rows of the K nearest images of every item, itself and its near-duplicates left out (Eq. 4, A.4).
+    """Places of the K nearest images of every item, itself and its near-duplicates left out (Eq. 4, A.4).
 
-    When the index is large, the lists of all its images are made at once, which is far cheaper; with a `cache` folder an
-    interrupted call goes on there. Images that the index does not have are looked up one by one.
+    When the index is large, the lists of all its images are made at once, which is far cheaper; an interrupted call goes on in
+    the `cache` folder. Images that the index does not have are compared with all of its images.
     """
     table = np.full((len(items), k), ABSENT, np.int32 if len(index) < 2**31 else np.int64)
     if not k:
@@ -136,13 +120,25 @@ def find_neighbors(
     alone = np.ones(len(items), bool)
     if len(index) > EVERY_PAIR and FEW * (own != ABSENT).sum() >= len(index):
         alone = own == ABSENT
-        whole = cache / WHOLE if cache is not None else None
-        table[~alone] = index.self_neighbors(k, output=whole, progress=progress)[own[~alone]]
+        table[~alone] = _whole(index, k, told, cache)[own[~alone]]
     left = np.flatnonzero(alone)
+    if len(left) * len(index) > MANY_PAIRS and told.notice is not None:
+        told.notice(
+            f"{len(left):,} of the {len(items):,} images are compared with all {len(index):,} of the index, as it does not "
+            "have them by their pixels: with an index of the same images (index add) this takes a fraction of the time"
+        )
     for start in range(0, len(left), CHUNK):
         some = left[start : start + CHUNK]
         queries = examples[items[some]]["embedding"].astype(np.float32)
-        table[some] = index.neighbor_rows(queries, k, own[some])
-        if progress is not None:
-            progress("finding neighbors", min(start + CHUNK, len(left)), len(left))
+        table[some] = index.neighbor_places(queries, k, own[some])
+        if told.report is not None:
+            told.report("finding neighbors", min(start + CHUNK, len(left)), len(left))
     return table
+
+
+def _whole(index: FrozenIndex, k: int, told: RunOptions, cache: Path) -> Int[np.ndarray, "images k"]:
+    """The lists of all images of the index; those that were complete when a call was interrupted are there."""
+    place = cache / f"{WHOLE}-{facts_key({'index': index.digest, 'k': k})}.npy"
+    if place.is_file():
+        return np.load(place, mmap_mode="r")
+    return index.self_neighbors(k, output=place, progress=told.report)

@@ -86,6 +86,13 @@ class Processes:
         """Whether this process is the first of the run that claims this; asked without waiting for the others."""
         return self.size == 1 or bool(_get_default_store().add(what, 1) == 1)
 
+    def require_same(self, own: str, problem: str) -> None:
+        """Hold all to the same text. Raises: UsageError with this problem when one has another."""
+        texts = self.texts(own)
+        with self.together():
+            if len(set(texts)) > 1:
+                raise UsageError(problem)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A block after which all go on, or none: an error in one is raised in all, and said by the first that has it."""

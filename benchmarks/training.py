@@ -126,6 +126,7 @@ def measured(
         "peak_mib": round(peak_bytes(processes.device) / 2**20),
         "reckoned_mib": round(going.memory.need.of(going.memory.setting.micro_batch) / 2**20),
         "days_for_70_million_images": round(PAPER_IMAGES * step / training.batch_size / 86_400, 2),
+        "device_hours_for_70_million_images": round(PAPER_IMAGES * step / training.batch_size / 3600 * processes.size),
     }
 
 

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
+settings.register_profile("the same every time", derandomize=True)
+settings.load_profile("the same every time")
 install_import_hook("knn_diffusion", "beartype.beartype").__enter__()
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported; tiny_hub lifts it for its own

@@ -115,6 +115,7 @@ def both(uri: str) -> tuple[sqlite3.Connection, Any]:
 @settings(max_examples=60, deadline=None)
 @given(condition=conditions())
 @example(condition="source LIKE 'A%' AND NOT key LIKE '_'")
+@example(condition="added_at IN (-0.0)")
 def test_a_condition_keeps_the_images_that_sqlite_keeps(both: tuple[sqlite3.Connection, Any], condition: str) -> None:
     database, there = both
     expected = {rows()[row][0] for row in rows_where(database, condition)}

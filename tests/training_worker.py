@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -236,6 +237,8 @@ def run_scenarios(folder: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     mock.patch.object(log, "_tensorboard", return_value=None).start()  # it takes seconds to import
     for name in names:
+        if name in ENDS:  # or torchrun stops who still writes down what it saw
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             with joined("cpu") as processes:
                 found = SCENARIOS[name](folder, processes)

@@ -64,12 +64,9 @@ def examples_of(
         names = begun["units"] if goes_on and begun else [unit.name for unit in units] if sources else tokens.units()
         found = tokens.examples(names)
         _check(found, begun, tokens.path, told.output)
-    digests = processes.texts(found.digest)
+    problem = f"expected a folder of tokens that nobody adds to for a moment, {tokens.path} was added to: start again"
+    processes.require_same(found.digest, problem)
     with processes.together():
-        if len(set(digests)) > 1:
-            raise UsageError(
-                f"expected a folder of tokens that nobody adds to, {tokens.path} was added to: start again"
-            )
         if processes.first:
             if begun is None:
                 facts = {
@@ -111,12 +108,9 @@ def frozen_for_all(index: ImageIndex, processes: Processes, told: RunOptions) ->
     """
     with processes.together():
         frozen = index.frozen()
-    digests = processes.texts(frozen.digest)
+    problem = f"expected an index that stays as it is for a moment, {index.folder} was changed: start again"
+    processes.require_same(frozen.digest, problem)
     with processes.together():
-        if len(set(digests)) > 1:
-            raise UsageError(
-                f"expected an index that stays as it is for a moment, {index.folder} was changed: start again"
-            )
         if processes.first:
             begun, facts = _begun(told.output), read_mapping(told.output / EXAMPLES)
             if begun is not None and begun["index"] != frozen.digest and told.notice is not None:

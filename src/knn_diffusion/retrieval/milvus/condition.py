@@ -158,7 +158,7 @@ class _Parser:
         token, number = self._here, float(self._need("number"))
         if not math.isfinite(number):
             _refuse(self._condition, token.place)
-        return repr(number)
+        return repr(number + 0.0)  # -0.0 is 0.0 to SQL, and another number to Milvus' IN
 
     def _text(self) -> str:
         token, value = self._here, self._need("text")[1:-1].replace("''", "'")

@@ -76,6 +76,20 @@ def test_parts_and_an_index_become_the_model_they_are_from(world: Path, tmp_path
     assert str(tmp_path) not in card
 
 
+def test_what_lies_in_the_folder_already_is_never_replaced(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "whole" / "index", tmp_path / "mine" / "index")
+    (tmp_path / "mine" / "index" / "cache").mkdir(exist_ok=True)
+    (tmp_path / "mine" / "index" / "cache" / "cells").write_bytes(b"took hours")
+    before = contents(tmp_path / "mine" / "index")
+    with pytest.raises(
+        UsageError, match="expected one index, .*mine holds one already: leave out --index, or choose another"
+    ):
+        assemble(tmp_path / "mine", parts_of(world, index=world / "whole" / "index"))
+    assert contents(tmp_path / "mine") == {f"index/{name}": content for name, content in before.items()}
+    assert assemble(tmp_path / "mine", parts_of(world)).images == 12
+    assert contents(tmp_path / "mine" / "index") == before
+
+
 def test_a_model_may_be_named_for_its_parts_and_go_without_an_index(world: Path, tmp_path: Path) -> None:
     whole = world / "whole"
     made = assemble(tmp_path / "mine", Parts(encoder=whole, tokenizer=whole, denoiser=whole), name="other")

@@ -29,6 +29,7 @@ from knn_diffusion.errors import (
     UsageError,
 )
 from knn_diffusion.image_index import ImageIndex, RayConfig, content_digest, distributed
+from knn_diffusion.image_index.embedding import Group
 from knn_diffusion.images import SourceImage, find_images
 from knn_diffusion.models.encoders import save_encoder
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
@@ -209,7 +210,7 @@ def test_only_files_that_surely_stayed_as_they_were_are_passed_over_unread(
 
     def ask(path: Path | str) -> list[Any]:
         monkeypatch.setattr(distributed, "connected", lambda settings: pytest.fail("Ray was asked"))
-        return list(distributed.embed_on_ray([find_images([path])], tiny_encoder(), store, True, HERE))
+        return list(distributed.embed_on_ray([Group(find_images([path]))], tiny_encoder(), store, True, HERE))
 
     with pytest.raises(pytest.fail.Exception):
         ask(tmp_path / "a.png")  # written a moment before it was saved

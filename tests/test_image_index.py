@@ -308,8 +308,11 @@ def test_the_digest_follows_images_and_rule(photos: Path) -> None:
         seen.append(index.digest)
         index.remove([id_of(picture(40))])
         seen.append(index.digest)
+        frozen = index.frozen().digest
         index.set_rule(DedupConfig(cosine=0.77))
         seen.append(index.digest)
+        assert frozen == seen[-2]
+        assert index.frozen().digest == seen[-1]
         assert len(set(seen)) == 4
         assert index.digest == seen[-1]
 

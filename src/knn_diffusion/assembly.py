@@ -122,7 +122,7 @@ def assemble(
         size; FingerprintError when denoiser or index were made with another encoder, or the denoiser with another tokenizer;
         KnnDiffusionError when the disk is full: then nothing is changed.
     """
-    _check_place(folder)
+    _check_place(folder, parts)
     read = _read(folder, parts)
     source = _model_around(read.folders["denoiser"])
     sampler, k = _drawing(read.model, source, drawing or Drawing())
@@ -132,7 +132,7 @@ def assemble(
         save_encoder(read.model.encoder, temporary / "encoder")
         for part, there in read.folders.items():
             shutil.copytree(there, temporary / part)
-        images = None if read.index is None else _copy(read.index, temporary / INDEX)
+        images = None if read.index is None else _copy(read.index, folder / INDEX, temporary / INDEX)
         file = write_pipeline_file(
             temporary,
             name=name or folder.absolute().name,
@@ -152,13 +152,18 @@ def assemble(
     )
 
 
-def _copy(index: ImageIndex, folder: Path) -> int:
+def _copy(index: ImageIndex, own: Path, folder: Path) -> int:
+    """Into a new folder; the index that lies in the model's own folder with what was made for its searches."""
     with index:
-        index.save(folder)
-        return len(index)
+        count = len(index)
+        if index.folder is None or index.folder.absolute() != own.absolute():
+            index.save(folder)
+            return count
+    shutil.copytree(own, folder)
+    return count
 
 
-def _check_place(folder: Path) -> None:
+def _check_place(folder: Path, parts: Parts) -> None:
     if (folder / PIPELINE_FILE).exists():
         raise UsageError(f"expected a new folder, {folder} is a model already: choose another name")
     found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -166,6 +171,10 @@ def _check_place(folder: Path) -> None:
         raise UsageError(
             f"expected a new folder, or one with nothing but {', '.join(PARTS)} and {INDEX}, {folder} holds other files: "
             "choose another name"
+        )
+    if twice := [name for name, named in asdict(parts).items() if named is not None and name in found]:
+        raise UsageError(
+            f"expected one {twice[0]}, {folder} holds one already: leave out --{twice[0]}, or choose another name for the model"
         )
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
-from knn_diffusion.image_index.embedding import embed_groups
+from knn_diffusion.image_index.embedding import Group, embed_groups
 from knn_diffusion.image_index.encoder import IndexEncoder
 from knn_diffusion.image_index.ingest import AddReport, Images, Writer, find_sources
 from knn_diffusion.image_index.metadata_table import Tables, match_tables
 from knn_diffusion.image_index.settings import settle_rule
 from knn_diffusion.image_index.tokenizing import Recorder, TokenOutput
-from knn_diffusion.images import SourceImage
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
@@ -77,13 +76,13 @@ def add(
     found = find_sources(images)
     writer = Writer(store, match_tables(metadata, found) if metadata is not None else None)
     recorder, tokenize = None, None
-    groups: list[Sequence[SourceImage]] = [found]
+    groups = [Group(found)]
     if tokens is not None:
         folder, tokenize = tokens.opened(encoder.load())
         recorder = Recorder(folder, found, store)
         groups = recorder.groups
-        writer.report.already_present += len(found) - sum(map(len, groups))
-    total, told = sum(map(len, groups)), progress or (lambda what, done, total: None)
+        writer.report.already_present += len(found) - sum(len(group.images) for group in groups)
+    total, told = sum(len(group.images) for group in groups), progress or (lambda what, done, total: None)
     told("adding images", 0, total)
     if ray is None:
         outcomes = embed_groups(groups, encoder.load(), previews, writer.known, tokenize)

@@ -1,6 +1,6 @@
 """Embedding spread over processes or machines by Ray Data; what comes of it is saved by one writer, here.
 
-Chunks of images go to a pool of workers. Each holds the encoder and runs `ingest.embed`. Outcomes come back in the order
+Chunks of images go to a pool of workers. Each holds the encoder and runs `embedding.embed`. Outcomes come back in the order
 of the images, so that the store gets the same rows as from one process. A chunk comes as a whole or not at all: when a
 worker dies, Ray starts another, which does the chunk again; images that are the end of one worker after the other are
 passed over with that reason.
@@ -24,7 +24,7 @@ import torch
 
 from knn_diffusion.config import config, require
 from knn_diffusion.errors import KnnDiffusionError, MissingDependencyError
-from knn_diffusion.image_index.embedding import Outcome, Skipped, embed
+from knn_diffusion.image_index.embedding import Group, Outcome, Skipped, embed
 from knn_diffusion.image_index.ingest import COMMIT_IMAGES
 from knn_diffusion.images import SourceImage
 from knn_diffusion.models.encoders import JointEncoder
@@ -75,6 +75,7 @@ class Chunk:
     number: int
     images: Sequence[SourceImage]
     known: frozenset[str]
+    tokenized: bool
 
     def is_known(self, source: SourceImage, content: str) -> str | None:
         """The digest, if it is one of those."""
@@ -114,13 +115,14 @@ class Worker:
         if self.ray.get(self.attempts.begin.remote(chunk.number)) > ATTEMPTS:
             return [Skipped(source=one.source, reason=DEADLY) for one in chunk.images]
         try:
-            return list(embed(chunk.images, self.encoder, self.previews, chunk.is_known, self.tokenize))
+            tokenize = self.tokenize if chunk.tokenized else None
+            return list(embed(chunk.images, self.encoder, self.previews, chunk.is_known, tokenize))
         except Exception as error:  # returned, as Ray would wrap it until nobody knows what it said
             return _failure(error)
 
 
 def embed_on_ray(
-    groups: Sequence[Sequence[SourceImage]],
+    groups: Sequence[Group],
     encoder: JointEncoder,
     store: Store,
     previews: bool,
@@ -136,27 +138,32 @@ def embed_on_ray(
     Raises: MissingDependencyError without Ray; KnnDiffusionError when there is no cluster at the address, or workers
         cannot start or die again and again.
     """
-    known = _known(store, [one for group in groups for one in group])
+    known = _known(store, [one for group in groups for one in group.images])
 
     def is_due(one: SourceImage) -> bool:
         return tokenize is not None or one.source not in known or not _is_settled(one.source, known[one.source][1])
 
-    todo = [[one for one in group if is_due(one)] for group in groups]
-    count = sum(map(len, todo))
-    yield from [None] * (sum(map(len, groups)) - count)
+    todo = [Group([one for one in group.images if is_due(one)], group.tokenized) for group in groups]
+    count = sum(len(group.images) for group in todo)
+    yield from [None] * (sum(len(group.images) for group in groups) - count)
     if not count:
         return
     with connected(settings) as ray:
         workers = settings.workers or _places(ray, settings)
         size = min(COMMIT_IMAGES, -(-count // (CHUNKS_PER_WORKER * workers)))
         contents = {source: content for source, (content, _) in known.items()}
-        pieces = [group[start : start + size] for group in todo for start in range(0, len(group), size)]
+        pieces = [
+            Group(group.images[start : start + size], group.tokenized)
+            for group in todo
+            for start in range(0, len(group.images), size)
+        ]
         chunks = [_chunk(number, piece, contents) for number, piece in enumerate(pieces)]
         yield from _spread(ray, chunks, (encoder, tokenize), previews, workers, settings.gpus_per_worker)
 
 
-def _chunk(number: int, images: Sequence[SourceImage], contents: Mapping[str, str]) -> Chunk:
-    return Chunk(number, images, frozenset(contents[one.source] for one in images if one.source in contents))
+def _chunk(number: int, group: Group, contents: Mapping[str, str]) -> Chunk:
+    known = frozenset(contents[one.source] for one in group.images if one.source in contents)
+    return Chunk(number, group.images, known, group.tokenized)
 
 
 @contextmanager

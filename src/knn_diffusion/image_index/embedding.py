@@ -84,8 +84,16 @@ def embed(
     yield from batch.finish()
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Images that are embedded together; and tokenized, if tokens are made at all and theirs are not there."""
+
+    images: Sequence[SourceImage]
+    tokenized: bool = True
+
+
 def embed_groups(
-    groups: Iterable[Iterable[SourceImage]],
+    groups: Iterable[Group],
     encoder: JointEncoder,
     previews: bool,
     is_known: IsKnown,
@@ -93,7 +101,7 @@ def embed_groups(
 ) -> Generator[Outcome, None, None]:
     """As `embed`, group after group: an image that repeats one of another group gets tokens of its own."""
     for group in groups:
-        yield from embed(group, encoder, previews, is_known, tokenize)
+        yield from embed(group.images, encoder, previews, is_known, tokenize if group.tokenized else None)
 
 
 @dataclass(kw_only=True, slots=True)

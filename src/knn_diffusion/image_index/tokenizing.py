@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from knn_diffusion.image_index.embedding import Known, Outcome, Row, Skipped, embed
+from knn_diffusion.image_index.embedding import Group, Known, Outcome, Row, Skipped, embed
 from knn_diffusion.image_index.imported import ImportedNames
 from knn_diffusion.images import SourceImage
 from knn_diffusion.models.encoders import JointEncoder
@@ -96,41 +96,50 @@ class UnitRecorder:
 
 
 class Recorder:
-    """Outcomes of many units' images, one unit after the other; what is kept and in the index is left out."""
+    """Outcomes of many units' images, one unit after the other; what is kept and in the index is left out.
+
+    Images whose tokens are kept though the index lacks some of them are given outcomes of, but no tokens are made or written.
+    """
 
     def __init__(self, folder: TokenFolder, found: Sequence[SourceImage], store: Store) -> None:
         self._folder, self._store = folder, store
         self._units = units_of_images(found)
-        every = [UnitRecorder(folder, unit, self._kept(unit), store) for unit in self._units]
-        self._todo = [one for one in every if one.images]
-        self.groups: list[Sequence[SourceImage]] = [one.images for one in self._todo]
+        self.groups: list[Group] = []
         """The images to be given outcomes of, unit by unit."""
-        self._left = iter(self._todo)
-        self._open: UnitRecorder | None = None
+        self._todo: list[UnitRecorder | None] = []
+        for unit in self._units:
+            kept = folder.kept(unit.name)
+            recorder = UnitRecorder(folder, unit, kept, store)
+            if kept is not None and not self._has_all(unit):
+                self.groups.append(Group(unit.open(), tokenized=False))
+                self._todo.append(None)
+            elif recorder.images:
+                self.groups.append(Group(recorder.images))
+                self._todo.append(recorder)
+        self._group, self._given = 0, 0
 
     def take(self, outcome: Outcome) -> bool:
         """As UnitRecorder.take."""
-        if self._open is None or self._open.is_whole:
-            self._open = next(self._left)
-        return self._open.take(outcome)
+        while self._given == len(self.groups[self._group].images):
+            self._group, self._given = self._group + 1, 0
+        self._given += 1
+        recorder = self._todo[self._group]
+        return recorder is not None and recorder.take(outcome)
 
     def keep(self) -> None:
         """As UnitRecorder.keep."""
-        assert self._open is not None
-        self._open.keep()
+        recorder = self._todo[self._group]
+        assert recorder is not None
+        recorder.keep()
 
     def finish(self) -> None:
         """Set aside what the units replace."""
         self._folder.set_aside(self._units)
 
-    def _kept(self, unit: Unit) -> UnitFacts | None:
-        """What is kept of a unit of which the index has all images."""
-        kept = self._folder.kept(unit.name)
-        if kept is None:
-            return None
+    def _has_all(self, unit: Unit) -> bool:
+        """Whether the index has the images of a unit that is kept."""
         contents = self._folder.contents(unit.name)
-        rows = self._store.consistently(lambda now: self._store.rows_of_contents(contents, now))
-        return kept if (rows >= 0).all() else None
+        return bool((self._store.consistently(lambda now: self._store.rows_of_contents(contents, now)) >= 0).all())
 
 
 def tokenize_units(
@@ -148,12 +157,12 @@ def tokenize_units(
     Args: progress: told of images; how many there are is guessed from the shards that were opened.
     """
     names = ImportedNames(store, encoder, notice)
-    opened, done = list[int](), 0
+    opened, found, done = 0, 0, 0
     for number, unit in enumerate(units):
         kept = folder.kept(unit.name)
         recorder = UnitRecorder(folder, unit, kept, store)
-        opened.append(len(recorder.images))
-        total = sum(opened) + (len(units) - number - 1) * sum(opened) // len(opened)
+        opened, found = opened + (kept is None), found + len(recorder.images)
+        total = found + (len(units) - number - 1) * found // max(1, opened)
         named = names.contents_of(recorder.images)
 
         def is_known(source: SourceImage, content: str, named: Mapping[str, str] = named) -> str | None:

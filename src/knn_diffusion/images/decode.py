@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,34 @@ MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 512_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORMAT_WORDS = "PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF"
+
+
+class _Quiet:
+    """A block without warnings, for any number of threads at once: the first to enter switches them off, the last one on.
+
+    `warnings.catch_warnings` alone would leave them off when blocks of two threads overlap.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
 
 
 def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
@@ -55,10 +84,8 @@ def _regular_file(path: Path, name: str) -> Path:
 
 
 def open_checked(file: Path | io.BytesIO) -> Image.Image:
-    """Open by the header alone; Pillow's own limits only warn, so its warning counts as a refusal."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    """Open by the header alone; what is too large is for the caller to refuse, Pillow warns only."""
+    with _QUIET:
         return Image.open(file, formats=FORMATS)
 
 
@@ -70,8 +97,7 @@ def _guarded(image: Image.Image, name: str) -> Image.Image:
     if not image.width or not image.height:
         raise ImageError(f"expected at least one pixel, {name} has {image.width} × {image.height}: leave it out")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _QUIET:
             image.load()
             return _to_rgb(_in_srgb(_upright(image)))
     except Exception as error:
@@ -81,7 +107,7 @@ def _guarded(image: Image.Image, name: str) -> Image.Image:
 def _refusal(name: str, error: Exception) -> ImageError:
     if isinstance(error, UnidentifiedImageError):
         return ImageError(f"expected {FORMAT_WORDS}, {name} is none of these: convert it or leave it out")
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+    if isinstance(error, Image.DecompressionBombError):
         return ImageError(f"expected at most {MAX_PIXELS // 10**6} megapixels, {name} has more: make it smaller")
     reason = one_line(error) or type(error).__name__
     return ImageError(f"expected a whole image, {name} cannot be decoded ({reason[:200]}): get an intact copy")

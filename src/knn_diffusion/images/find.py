@@ -6,6 +6,7 @@ import functools
 import glob
 import os
 import tarfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +49,6 @@ class ImageFile:
     path: str
     key: str
     problem: str = ""
-
-    @property
-    def is_container(self) -> bool:
-        """Whether it may hold many pictures."""
-        return not self.problem and is_container(self.path)
 
     def images(self) -> Iterator[SourceImage]:
         """The pictures in it, or one that fails to load where the file is of no use."""
@@ -242,6 +238,9 @@ def _image_column(schema: Any) -> str | None:
     return None
 
 
+_ROW_GROUPS = threading.Lock()
+
+
 @functools.lru_cache(maxsize=2)
 def _row_group(table: Path, column: str, group: int) -> Any:
     with _pyarrow_parquet().ParquetFile(table) as opened:
@@ -251,7 +250,9 @@ def _row_group(table: Path, column: str, group: int) -> Any:
 def _load_row(table: Path, column: str, group: int, row: int, number: int) -> Image.Image:
     label = one_line(f"{table}::{number}")
     try:
-        value = _row_group(table, column, group)[row].as_py()
+        with _ROW_GROUPS:  # or every thread would read the group
+            values = _row_group(table, column, group)
+        value = values[row].as_py()
     except (OSError, ValueError) as error:
         raise ImageError(
             f"expected a parquet table, {label} cannot be read ({one_line(error)[:200]}): get an intact copy"

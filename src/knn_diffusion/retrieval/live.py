@@ -1,7 +1,8 @@
 """The present state of a store: its connections to the database, and the snapshot that reads start from.
 
 Any number of threads read through one connection, in turn; another one writes, and a third answers conditions, which may take
-long. In memory all are the same, so that a reader waits for the end of a transaction. A snapshot is made anew when somebody, here or elsewhere, has committed.
+long. In memory all connections are the same, so that a reader waits for the end of a transaction. A snapshot is made anew when
+somebody, here or elsewhere, has committed.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _digest(parts: Iterable[str]) -> str:
 def _mapped(place: Path, part: Part, kind: str, *, verify: bool) -> UInt8[np.ndarray, "bytes"]:
     """The mapped bytes of a file of a part."""
     path = Path(f"{place}.{kind}.npy")
-    cure = f"delete units/{place.name.rpartition('-')[0]}.json {AGAIN}"
+    cure = f"delete units/{place.name.rpartition('-')[0]}.* {AGAIN}"
     try:
         content = map_bytes(path)
     except (OSError, RuntimeError) as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from typing import TypeVar
 
 from knn_diffusion.errors import UsageError
@@ -15,8 +16,8 @@ from knn_diffusion.images import ImageFile, SourceImage, is_container
 
 T = TypeVar("T")
 
-UNIT_FILES = 4096
-"""At most so many loose files."""
+UNIT_FILES, CUT = 4096, 1024
+"""At most so many loose files; and behind one in so many, chosen by its name, is a cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +31,11 @@ class Unit:
 
 
 def units_of(files: Iterable[ImageFile]) -> list[Unit]:
-    """Cut files into units, in their order: each shard and table is one, and so are loose files between them.
+    """Cut files into units: each shard and table is one, and so are some loose files.
 
     So a shard that is added, or that changed, leaves the units of all others as they are.
     """
-    units = []
-    for container, group in groupby(files, lambda one: one.path if is_container(one.path) else ""):
-        for some in _pieces(list(group), bool(container)):
-            paths = dict.fromkeys(one.path for one in some)
-            units.append(_unit(list(paths), partial(_opened, some)))
-    return units
+    return _cut([(one.path, one) for one in files], _opened)
 
 
 def units_of_images(found: Sequence[SourceImage]) -> list[Unit]:
@@ -47,20 +43,34 @@ def units_of_images(found: Sequence[SourceImage]) -> list[Unit]:
 
     Raises: UsageError for pictures that lie in no file, as nobody could tell later whether they are the same.
     """
-    units = []
-    for container, group in groupby(found, lambda one: one.file if is_container(one.file) else ""):
-        for some in _pieces(list(group), bool(container)):
-            if nowhere := [one.source for one in some if not one.file]:
-                raise UsageError(
-                    f"expected files to tokenize, got {nowhere[0]}: save the pictures and name their folder"
-                )
-            units.append(_unit(list(dict.fromkeys(one.file for one in some)), partial(list, some)))
-    return units
+    if nowhere := [one.source for one in found if not one.file]:
+        raise UsageError(f"expected files to tokenize, got {nowhere[0]}: save the pictures and name their folder")
+    return _cut([(one.file, one) for one in found], list)
 
 
-def _pieces(group: list[T], whole: bool) -> list[list[T]]:
-    size = len(group) if whole else UNIT_FILES
-    return [group[start : start + size] for start in range(0, len(group), size)]
+def _cut(found: Sequence[tuple[str, T]], opened: Callable[[Sequence[T]], Sequence[SourceImage]]) -> list[Unit]:
+    """Units in the order of their first files. Loose files are one sequence, wherever shards lie between them.
+
+    It is cut behind files that their names choose, so that one more file moves no cut but those next to it.
+    """
+    units = list[tuple[list[str], list[T]]]()
+    shards = dict[str, list[T]]()
+    loose: tuple[list[str], list[T]] | None = None
+    for file, one in found:
+        if is_container(file):
+            if file not in shards:
+                shards[file] = []
+                units.append(([file], shards[file]))
+            shards[file].append(one)
+            continue
+        if loose is None:
+            loose = [], []
+            units.append(loose)
+        loose[0].append(file)
+        loose[1].append(one)
+        if len(loose[0]) == UNIT_FILES or zlib.crc32(os.fsencode(os.path.abspath(file))) % CUT == 0:
+            loose = None
+    return [_unit(files, partial(opened, some)) for files, some in units]
 
 
 def _unit(files: Sequence[str], images: Callable[[], Sequence[SourceImage]]) -> Unit:

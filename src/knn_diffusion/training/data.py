@@ -20,13 +20,12 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from knn_diffusion import images
-from knn_diffusion.checkpoint import atomic_write_bytes, file_digest, write_json
+from knn_diffusion.checkpoint import atomic_path, atomic_write_bytes, file_digest, write_json
 from knn_diffusion.config import read_mapping
 from knn_diffusion.errors import ImageError, UsageError
 from knn_diffusion.image_index import content_digest
 from knn_diffusion.progress import Progress
 from knn_diffusion.randomness import rand
-from knn_diffusion.retrieval.stored_array import npy_bytes
 from knn_diffusion.training.checkpoints import latest_checkpoint
 
 Batch = Mapping[str, Tensor]
@@ -177,10 +176,11 @@ def cached_array(cache: Path, name: str, facts: Mapping[str, object], compute: C
     path = cache / f"{name}-{facts_key(facts)}.npy"
     digest = path.with_suffix(".sha256")
     if not (path.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == file_digest(path)):
-        content = npy_bytes(compute())
+        made = compute()
         digest.unlink(missing_ok=True)
-        atomic_write_bytes(path, content)
-        atomic_write_bytes(digest, hashlib.sha256(content).hexdigest().encode())
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, made, allow_pickle=False)
+        atomic_write_bytes(digest, file_digest(path).encode())
     return np.load(path, mmap_mode="r")
 
 

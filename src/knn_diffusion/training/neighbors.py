@@ -18,7 +18,7 @@ from knn_diffusion.tokens import Examples
 from knn_diffusion.training.data import Batch, cached_array, facts_key
 from knn_diffusion.training.options import RunOptions
 
-CHUNK = 256
+CHUNK, ROWS_AT_ONCE = 256, 1_000_000
 ABSENT = -1
 FEW = 100
 """Where fewer than one in so many of a large index are asked for, comparing each with all is cheaper than making all lists."""
@@ -120,7 +120,10 @@ def find_neighbors(
     alone = np.ones(len(items), bool)
     if len(index) > EVERY_PAIR and FEW * (own != ABSENT).sum() >= len(index):
         alone = own == ABSENT
-        table[~alone] = _whole(index, k, told, cache)[own[~alone]]
+        whole, there = _whole(index, k, told, cache), np.flatnonzero(~alone)
+        for start in range(0, len(there), ROWS_AT_ONCE):
+            some = there[start : start + ROWS_AT_ONCE]
+            table[some] = whole[own[some]]
     left = np.flatnonzero(alone)
     if len(left) * len(index) > MANY_PAIRS and told.notice is not None:
         told.notice(

@@ -75,6 +75,12 @@ def shard_of(path: Path, numbers: Sequence[int]) -> Path:
     return write_shard(path, {f"{number:09}.png": encoded(picture(number)) for number in numbers})
 
 
+@pytest.fixture(autouse=True)
+def uncut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loose files are cut where their paths say, which are others in every run."""
+    monkeypatch.setattr(units, "CUT", 2**40)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("model")) / "tokenizer"
@@ -115,13 +121,10 @@ def made(count: int = 5, seed: int = 0) -> Made:
 # Units
 
 
-def test_a_shard_is_a_unit_and_keeps_its_name_whatever_comes_beside_it(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_is_a_unit_and_keeps_its_name_whatever_comes_beside_it(photos: Path) -> None:
     def names() -> dict[str, str]:
         return {Path(one.files[0]).name: one.name for one in units_of(find_files([photos]))}
 
-    monkeypatch.setattr(units, "CUT", 2**40)
     before = names()
     assert list(before) == ["40.png", "a.tar", "b.tar"]
     shard_of(photos / "aa.tar", range(20, 25))
@@ -138,7 +141,6 @@ def test_files_are_cut_into_the_same_units_before_and_after_they_are_opened(
     (photos / "c.tar").write_bytes(b"no shard" * 100)
     write_shard(photos / "41.tar", {})
     monkeypatch.setattr(units, "UNIT_FILES", 3)
-    monkeypatch.setattr(units, "CUT", 2**40)
     closed, opened = units_of(find_files([photos])), units_of_images(find_images([photos]))
     assert [len(one.open()) for one in closed] == [3, 0, 1, 10, 12, 1]
     closed = [one for one in closed if one.open()]
@@ -667,6 +669,35 @@ def test_the_commands_of_the_documentation_make_tokens_and_train_on_them(
     run("train", "denoiser", *options, *other)
     assert json.loads((tmp_path / "other" / "examples.json").read_text())["images"] == 11
     assert sorted((tmp_path / "tokens" / "parts").iterdir()) == before
+
+
+def test_a_folder_of_tokens_is_checked(
+    photos: Path, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = tmp_path / "tokens"
+    ImageIndex.build([photos], None, tiny_encoder(), tokens=TokenOutput(tokenizer, tokens))
+    command = ["tokenizer", "check-tokens", str(tokens)]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = {"sound": True, "units": 3, "images": 24, "skipped": 2, "tokens_per_image": GRID**2, "dim": DIM}
+    assert {name: found[name] for name in expected} == expected
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("sound, 24 images of 3 shards or groups of files, 2 skipped")
+    parts = sorted((tokens / "parts").iterdir())
+    parts[0].write_bytes(parts[0].read_bytes()[:-1] + b"#")
+    parts[-1].unlink()
+    (tokens / "units" / "odd.json").write_text("{")
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    for what in (
+        f"{parts[0].name} is damaged",
+        f"{parts[-1].name} is missing",
+        "odd.json is damaged",
+        "delete the .json",
+    ):
+        assert what in said
+    assert main(["tokenizer", "check-tokens", str(photos)]) == 2
+    assert "expected a folder of tokens in" in capsys.readouterr().err
 
 
 def test_tokens_without_a_tokenizer_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`tokenizer count-codes`: which codes of a tokenizer one's images use."""
+"""`tokenizer count-codes | check-tokens`: which codes of a tokenizer one's images use, and whether kept tokens are sound."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Annotated
 import typer
 
 from knn_diffusion.cli.terminal import JsonOption, answer, progress, say
-from knn_diffusion.errors import UsageError
+from knn_diffusion.errors import StoreError, UsageError
 
-app = typer.Typer(help="Look into a tokenizer.")
+PROBLEMS = 10
+"""At most so many are named."""
+
+app = typer.Typer(help="Look into a tokenizer, and into what it made.")
 
 
 @app.callback()
 def tokenizer() -> None:
-    """Look into a tokenizer."""
+    """Look into a tokenizer, and into what it made."""
 
 
 @app.command("count-codes")
@@ -70,5 +73,45 @@ def count_codes(
             f"as evenly as {found['perplexity']:,.0f} would be"
         )
         yield f"{len(used):,} of them, {found['share']:.2%} of all uses, are listed in {output}"
+
+    answer(found, as_json, lines)
+
+
+@app.command("check-tokens")
+def check_tokens(
+    folder: Annotated[Path, typer.Argument(metavar="TOKENS", help="Folder of tokens.", show_default=False)],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify every digest of a folder of tokens; exit code 0 only when it is sound.
+
+    Example: knn-diffusion tokenizer check-tokens my-tokens
+    """
+    from knn_diffusion.tokens import TokenFolder
+
+    tokens = TokenFolder.there(folder)
+    with progress() as show:
+        problems = tokens.problems(show)
+    if problems:
+        raise StoreError(
+            f"{folder} is not sound: {'; '.join(problems[:PROBLEMS])}{' …' if len(problems) > PROBLEMS else ''}: delete the "
+            ".json of these units in units/ and give the commands that made them again"
+        )
+    examples, makers = tokens.examples(), tokens.makers
+    found = {
+        "sound": True,
+        "units": len(tokens.units()),
+        "images": len(examples),
+        "skipped": len(examples.skipped),
+        "tokens_per_image": makers.seq,
+        "vocab_size": makers.vocab_size,
+        "dim": makers.dim,
+        "encoder": makers.encoder,
+        "tokenizer": makers.tokenizer,
+    }
+
+    def lines() -> Iterator[str]:
+        yield f"sound, {found['images']:,} images of {found['units']:,} shards or groups of files, {found['skipped']:,} skipped"
+        yield f"{makers.seq:,} tokens of {makers.vocab_size:,} codes an image, embeddings of {makers.dim} numbers"
 
     answer(found, as_json, lines)

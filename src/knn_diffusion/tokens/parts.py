@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float16, Integer, UInt8
 
-from knn_diffusion.checkpoint import TEMPORARY, atomic_write_bytes, write_json
+from knn_diffusion.checkpoint import TEMPORARY, atomic_write_bytes, file_digest, write_json
 from knn_diffusion.config import from_dict, read_mapping, to_dict
 from knn_diffusion.errors import ConfigError, FingerprintError, StoreError, UsageError
+from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.stored_array import npy_bytes
 from knn_diffusion.tokens.examples import AGAIN, Examples, Makers, Part
 from knn_diffusion.tokens.units import Unit
@@ -84,6 +85,34 @@ class TokenFolder:
                     f"{path} was made with the {what} {str(before)[:12]}, got {str(asked)[:12]}: choose another folder, or "
                     f"go on with that {what}"
                 )
+
+    @classmethod
+    def there(cls, path: Path) -> TokenFolder:
+        """The folder as it is, whoever made it. Raises: UsageError when it is none."""
+        try:
+            return cls(path, from_dict(Makers, read_mapping(path / FACTS), str(path / FACTS)))
+        except ConfigError as error:
+            raise UsageError(f"expected a folder of tokens in {path}, got {error}") from None
+
+    def problems(self, progress: Progress | None = None) -> list[str]:
+        """What is wrong with its files, each in a few words, after reading all of them; empty for a sound one."""
+        found, units = list[str](), self.units()
+        for number, unit in enumerate(units, 1):
+            try:
+                facts = self.facts(unit)
+            except StoreError as error:
+                found.append(str(error))
+                continue
+            for place, part in enumerate(facts.parts if facts is not None else ()):
+                for kind, sha256 in part.sha256.items():
+                    file = self._file(unit, place, kind)
+                    if not file.is_file():
+                        found.append(f"{file.name} is missing")
+                    elif file_digest(file) != sha256:
+                        found.append(f"{file.name} is damaged")
+            if progress is not None:
+                progress("checking tokens", number, len(units))
+        return found
 
     def units(self) -> list[str]:
         """The names of all units there are, but those that were set aside."""

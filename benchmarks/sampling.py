@@ -7,15 +7,17 @@
 Both systems have random weights and the same number of blocks, heads, tokens, codes and condition slots, and draw with
 guidance (λ = 8), truncation off, ancestral order. Measured is everything between the condition and the tokens, per image: the
 peer is driven through its own `VQDiffusionPipeline.__call__`, with a text encoder and an image decoder that cost nothing, so
-that neither side's stands in the figure. The peer computes in float32, as it is shipped; its time in bfloat16 stands beside,
-where ours is bfloat16 too. Runs of both alternate, and the fastest of each counts, since a shared machine only ever adds time.
+that neither side's stands in the figure; what our own decoder takes is told beside it. The peer computes in float32, as it is
+shipped; its time in bfloat16 stands beside, where ours is bfloat16 too. Runs of both alternate, and the fastest of each counts,
+since a shared machine only ever adds time.
 
 With --peer-steps 100 both draw what benchmarks/few_steps.py finds to be of equal quality: the peer's only order needs all
 steps of the chain, which it skips without the exact posterior. The claim is then at least 6×.
 
 The share of the machine's rate is what our matrix products, attention and convolutions compute in a run, as torch counts them
 (two operations for a product and its sum), by the time of the whole run, against the best square matrix product in the same
-arithmetic. --compile draws with a compiled pass of the sampler; what the first run takes longer for it stands apart. --sweep measures ours alone, one thing changed at a time: steps, batch, tokens, neighbors.
+arithmetic. --compile draws with a compiled pass of the sampler; what the first run takes longer for it stands apart. --sweep
+measures ours alone, one thing changed at a time: steps, batch, tokens, neighbors.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import Any
 
 import torch
 from speed.machine import commit, fastest, hardware, matmul_rate, operations, peak_bytes
-from speed.ours import GUIDANCE_SCALE, SIZES, Draw, our_run
+from speed.ours import GUIDANCE_SCALE, SIZES, Draw, decoder_run, our_run
 from speed.peer import peer_run
 
 from knn_diffusion.device import choose_device, choose_dtype
@@ -160,6 +162,8 @@ def main() -> None:
             plotted(report["sweep"], args.plot)
     else:
         report |= {f"our_{name}": value for name, value in measure(draw).items()}
+        decoding = fastest({"decoder": decoder_run(draw, device)}, args.repeats)["decoder"] / draw.batch
+        report["our_decoder_seconds_per_image"] = round(decoding, 5)
         seconds = compared(draw, peer_steps, device, dtype, args.repeats, step)
         report["peer"] = f"diffusers {version('diffusers')} VQDiffusionPipeline, {peer_steps} steps, one image"
         report |= {f"{name}_seconds": round(value, 4) for name, value in seconds.items()}

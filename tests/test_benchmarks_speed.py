@@ -28,6 +28,7 @@ def test_both_systems_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert not report["compiled"]
     assert 0 < report["our_share_of_matmul_rate"] < 1
     assert report["our_peak_mib"] > 0
+    assert report["our_decoder_seconds_per_image"] > 0
     assert (report["steps"], report["batch"], report["slots"]) == (2, 2, 11)
 
 

@@ -15,6 +15,8 @@ from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.diffusion.sampling import sample
 from knn_diffusion.diffusion.step import Step, reverse_step
 from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig
+from knn_diffusion.models.tokenizer import PAPER as PAPER_TOKENIZER
+from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
 from knn_diffusion.randomness import generator_for
 
 SIZES = {
@@ -37,6 +39,21 @@ class Draw:
     def with_grid(self, grid: int) -> Draw:
         """Of another number of tokens."""
         return replace(self, config=replace(self.config, grid=grid))
+
+
+def decoder_run(draw: Draw, device: torch.device) -> Callable[[int], Tensor]:
+    """A batch of tokens to pixels by a tokenizer of the size, as a function of a seed; float32, as the pipeline decodes."""
+    grid, vocab_size = draw.config.grid, draw.config.vocab_size
+    small = TokenizerConfig(image_size=4 * grid, grid=grid, vocab_size=vocab_size, code_dim=16, channels=32)
+    torch.manual_seed(0)
+    tokenizer = VQGAN(PAPER_TOKENIZER if draw.config == PAPER else small).eval().to(device)
+
+    @torch.inference_mode()
+    def run(seed: int) -> Tensor:
+        tokens = torch.randint(0, vocab_size, (draw.batch, grid**2), generator=generator_for(seed))
+        return tokenizer.decode(tokens.to(device)).cpu()
+
+    return run
 
 
 def our_run(draw: Draw, device: torch.device, dtype: torch.dtype, step: Step = reverse_step) -> Callable[[int], Tensor]:

@@ -109,11 +109,12 @@ class Recorder:
         self._todo: list[UnitRecorder | None] = []
         for unit in self._units:
             kept = folder.kept(unit.name)
-            recorder = UnitRecorder(folder, unit, kept, store)
             if kept is not None and not self._has_all(unit):
                 self.groups.append(Group(unit.open(), tokenized=False))
                 self._todo.append(None)
-            elif recorder.images:
+                continue
+            recorder = UnitRecorder(folder, unit, kept, store)
+            if recorder.images:
                 self.groups.append(Group(recorder.images))
                 self._todo.append(recorder)
         self._group, self._given = 0, 0

@@ -52,8 +52,8 @@ def examples_of(
                 f"expected a folder of tokens, {place} does not exist: name one that index build made, or --images"
             )
         tokens, begun = TokenFolder(place, makers), _begun(told.output)
-        goes_on = begun is not None and begun["given"] == given and begun["makers"] == makers.digest
-        units = [] if goes_on else units_of(images.find_files(sources)) if sources else []
+        same = begun if begun is not None and (begun["given"], begun["makers"]) == (given, makers.digest) else None
+        units = units_of(images.find_files(sources)) if sources and same is None else []
         with _on(processes.device, index.encoder):
             own = units[processes.rank :: processes.size]
             index.tokenize(own, tokens, Tokenize(tokenizer), progress=told.report, notice=told.notice)
@@ -61,7 +61,9 @@ def examples_of(
         if processes.first:
             tokens.set_aside(units)
     with processes.together():
-        names = begun["units"] if goes_on and begun else [unit.name for unit in units] if sources else tokens.units()
+        names = [unit.name for unit in units] if sources else tokens.units()
+        if same is not None:
+            names = same["units"]
         found = tokens.examples(names)
         _check(found, begun, tokens.path, told.output)
     problem = f"expected a folder of tokens that nobody adds to for a moment, {tokens.path} was added to: start again"
@@ -69,13 +71,8 @@ def examples_of(
     with processes.together():
         if processes.first:
             if begun is None:
-                facts = {
-                    "given": given,
-                    "makers": makers.digest,
-                    "images": len(found),
-                    "contents": found.contents_digest,
-                }
-                write_json(told.output / EXAMPLES, facts | {"units": names})
+                facts = {"images": len(found), "contents": found.contents_digest, "units": names}
+                write_json(told.output / EXAMPLES, {"given": given, "makers": makers.digest, **facts})
             _tell_skipped(found, told)
     return found
 

@@ -89,6 +89,10 @@ class TokenFolder:
     @classmethod
     def there(cls, path: Path) -> TokenFolder:
         """The folder as it is, whoever made it. Raises: UsageError when it is none."""
+        if not (path / FACTS).is_file():
+            raise UsageError(
+                f"expected a folder of tokens in {path}, found no {FACTS}: name the folder given to --tokens"
+            )
         try:
             return cls(path, from_dict(Makers, read_mapping(path / FACTS), str(path / FACTS)))
         except ConfigError as error:

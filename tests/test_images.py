@@ -220,6 +220,30 @@ def test_bytes_and_pixels_are_each_others_inverse() -> None:
     assert np.array_equal(images.to_array(images.from_array(levels[0])), levels[0])
 
 
+def test_transparent_bytes_and_pixels_are_each_others_inverse_where_something_is_seen() -> None:
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 256, (3, 16, 16, 4), np.uint8)
+    levels[0, ..., 3] = 0
+    levels[1, ..., 3] = 255
+    back = images.uint8_from_pixels(images.pixels_from_uint8(levels))
+    assert (back[0] == 0).all()
+    assert np.array_equal(back[1], levels[1])
+    seen = levels[2, ..., 3] > 127
+    assert np.abs(back[2].astype(int) - levels[2])[seen].max() <= 1
+    assert np.array_equal(back[..., 3], levels[..., 3])
+
+
+def test_composing_over_a_ground_is_what_pillow_composes() -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (1, 9, 9, 4), np.uint8)
+    ground = torch.tensor([200.0, 30, 90]).view(1, 3, 1, 1) / 127.5 - 1
+    composed = images.uint8_from_pixels(images.over_ground(images.pixels_from_uint8(levels), ground))
+    paper = Image.new("RGBA", (9, 9), (200, 30, 90, 255))
+    paper.alpha_composite(Image.fromarray(levels[0]))
+    assert np.abs(composed[0].astype(int) - np.asarray(paper.convert("RGB"))).max() <= 1
+    opaque = torch.rand(1, 3, 4, 4)
+    assert images.over_ground(opaque, ground) is opaque
+
+
 def _png_header(width: int, height: int) -> bytes:
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT"

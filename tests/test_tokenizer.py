@@ -166,6 +166,13 @@ def test_cosine_filters_are_orthonormal_and_begin_with_the_mean_brightness() -> 
     assert torch.allclose(filters[0], torch.full((48,), 48**-0.5))
 
 
+def test_cosine_filters_of_transparent_images_begin_with_brightness_and_alpha() -> None:
+    filters = cosine_filters(64, 4, channels=4)
+    assert torch.allclose(filters.flatten(1) @ filters.flatten(1).T, torch.eye(64), atol=1e-5)
+    assert filters[0, 3].abs().max() < 1e-6 < filters[0, :3].min()
+    assert filters[1, :3].abs().max() < 1e-6 < filters[1, 3].min()
+
+
 def test_an_untrained_tokenizer_keeps_what_the_coarse_cosines_keep() -> None:
     model, images = tiny(replace(TINY, code_dim=16)), smooth_images(8)
     kept = model.decoder(model.encoder(images)).detach()

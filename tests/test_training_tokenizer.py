@@ -44,6 +44,13 @@ def discs(count: int, size: int = 16) -> np.ndarray:
     return images
 
 
+def cut_out_discs(count: int) -> np.ndarray:
+    """The same discs with their right half transparent, uint8 RGBA."""
+    alpha = np.full((count, 16, 16, 1), 255, np.uint8)
+    alpha[:, :, 8:] = 0
+    return np.concatenate([discs(count), alpha], axis=-1)
+
+
 def objective(run: TokenizerRun = RUN) -> TokenizerObjective:
     torch.manual_seed(0)
     return TokenizerObjective(run, discs(16))
@@ -93,6 +100,34 @@ def test_a_short_run_draws_better_and_uses_the_codebook(tmp_path: Path) -> None:
     assert torch.equal(
         saved.quantizer.codes, toy.tokenizer.quantizer.codes.half().float()
     )  # weights are averaged, codes not
+
+
+def test_a_short_run_on_transparent_images_learns_alpha_and_ignores_hidden_colours(tmp_path: Path) -> None:
+    run = replace(RUN, tokenizer=replace(RUN.tokenizer, alpha=True))
+    torch.manual_seed(0)
+    toy = TokenizerObjective(run, cut_out_discs(16))
+    result = train(toy, PixelDataset(cut_out_discs(64)), run.training, RunOptions(output=tmp_path, device="cpu"))
+    assert result.metrics["tokenizer/alpha"] < 0.05
+    shown, hidden = cut_out_discs(8), cut_out_discs(8)
+    hidden[:, :, 8:, :3] = 200
+    saved, _ = load_tokenizer(tmp_path / "model")
+    assert saved.alpha
+    tokens = saved.encode(pixels_from_uint8(shown))
+    assert torch.equal(tokens, saved.encode(pixels_from_uint8(hidden)))
+    assert saved.decode(tokens).shape == (8, 4, 16, 16)
+
+
+def test_losses_of_transparent_images_are_those_over_a_ground_for_each_image() -> None:
+    run = replace(RUN, tokenizer=replace(RUN.tokenizer, alpha=True))
+    torch.manual_seed(0)
+    toy = TokenizerObjective(run, cut_out_discs(8))
+    real = pixels_from_uint8(cut_out_discs(8))
+    parts = toy.generator_loss({"pixels": real}, 1, torch.Generator().manual_seed(3))
+    seen, drawn = toy._seen
+    ground, alpha = seen[:, :, :1, -1:], (real[:, 3:] + 1) / 2
+    assert len(ground.unique(dim=0)) == 8
+    assert torch.allclose(seen, real[:, :3] + (1 - alpha) * ground)
+    assert parts["pixel"].item() == pytest.approx((drawn - seen).abs().mean().item(), rel=1e-5)
 
 
 def test_validation_reports_what_the_network_really_does() -> None:

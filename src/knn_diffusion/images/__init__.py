@@ -1,6 +1,14 @@
 """Images in and out: any file to upright RGB, the one resize, arrays and pixels, search for files, PNG with settings."""
 
-from knn_diffusion.images.arrays import averages, from_array, pixels_from_uint8, square, to_array, uint8_from_pixels
+from knn_diffusion.images.arrays import (
+    averages,
+    from_array,
+    over_ground,
+    pixels_from_uint8,
+    square,
+    to_array,
+    uint8_from_pixels,
+)
 from knn_diffusion.images.decode import MAX_PIXELS, open_image
 from knn_diffusion.images.find import ImageFile, SourceImage, find_files, find_images, is_container
 from knn_diffusion.images.save import grid, parameters_text, read_settings, save_png
@@ -16,6 +24,7 @@ __all__ = [
     "grid",
     "is_container",
     "open_image",
+    "over_ground",
     "parameters_text",
     "pixels_from_uint8",
     "read_settings",

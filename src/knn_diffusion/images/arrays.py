@@ -1,4 +1,4 @@
-"""Pictures, arrays of bytes and tensors of pixels; and the one resize everything that is looked at goes through."""
+"""Images, arrays of bytes and tensors of pixels; and the one resize everything that is looked at goes through."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from knn_diffusion.errors import UsageError
 from knn_diffusion.images.decode import open_image
 
+RGBA_CHANNELS = 4
 _AVERAGED_SIDE = 128
 """Larger pictures are first reduced to at least this side."""
 
@@ -59,18 +60,43 @@ def to_array(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     return np.array(image if image.mode == "RGB" else open_image(image), dtype=np.uint8)
 
 
-def from_array(array: UInt8[np.ndarray, "height width 3"]) -> Image.Image:
-    """The picture of RGB bytes."""
+def from_array(array: UInt8[np.ndarray, "height width channels"]) -> Image.Image:
+    """Return the image of RGB or RGBA bytes."""
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def pixels_from_uint8(array: UInt8[np.ndarray, "n height width 3"]) -> Float[Tensor, "n 3 height width"]:
-    """RGB bytes, 0…255, to pixels in [-1, 1]."""
+def pixels_from_uint8(array: UInt8[np.ndarray, "n height width channels"]) -> Float[Tensor, "n channels height width"]:
+    """Return pixels in [-1, 1] of RGB or RGBA bytes.
+
+    With alpha, colours are premultiplied: mid grey, 0, stands where nothing is, so that hidden colours count for nothing.
+    """
     levels = torch.from_numpy(np.array(array, order="C"))  # a copy: memory-mapped arrays are read-only
-    return levels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+    pixels = levels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+    if pixels.shape[1] == RGBA_CHANNELS:
+        pixels[:, :3] *= coverage(pixels)
+    return pixels
 
 
-def uint8_from_pixels(pixels: Float[Tensor, "n 3 height width"]) -> UInt8[np.ndarray, "n height width 3"]:
-    """Pixels to RGB bytes; what lies outside [-1, 1] is clamped."""
-    levels = pixels.detach().float().add(1).mul(127.5).round().clamp(0, 255)
+def uint8_from_pixels(pixels: Float[Tensor, "n channels height width"]) -> UInt8[np.ndarray, "n height width channels"]:
+    """Return the bytes of pixels; values outside [-1, 1] are clamped. Fully transparent pixels become zero bytes."""
+    levels = pixels.detach().float()
+    if levels.shape[1] == RGBA_CHANNELS:
+        seen = coverage(levels)
+        colour = (levels[:, :3] / seen.clamp_min(1 / 255)).where(seen > 0, -1)
+        levels = torch.cat([colour, levels[:, 3:]], dim=1)
+    levels = levels.add(1).mul(127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def coverage(pixels: Float[Tensor, "n 4 height width"]) -> Float[Tensor, "n 1 height width"]:
+    """Return alpha as a share from 0 to 1 of pixels that have it."""
+    return pixels[:, 3:].add(1).div(2).clamp(0, 1)
+
+
+def over_ground(
+    pixels: Float[Tensor, "n channels height width"], ground: Float[Tensor, "n 3 1 1"]
+) -> Float[Tensor, "n 3 height width"]:
+    """Return RGB pixels composed over a ground of one colour in [-1, 1]; pixels without alpha come back as they are."""
+    if pixels.shape[1] != RGBA_CHANNELS:
+        return pixels
+    return pixels[:, :3] + (1 - pixels[:, 3:]) / 2 * ground

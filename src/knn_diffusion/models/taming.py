@@ -291,6 +291,11 @@ class TamingTokenizer(nn.Module):
         return self.config.grid
 
     @property
+    def alpha(self) -> bool:
+        """Always false."""
+        return False
+
+    @property
     def codes(self) -> Float[Tensor, "vocab code_dim"]:
         """The vector of each code."""
         return self.quantize.codes

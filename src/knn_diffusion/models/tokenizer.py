@@ -28,6 +28,7 @@ class TokenizerConfig:
     """Size of a tokenizer.
 
     image_size           side of the square image in pixels
+    alpha                whether images have alpha as a fourth channel
     grid                 side of the token grid; image_size is `patch` times a power of two times this
     vocab_size           number of codes, V
     code_dim             width of a code; small (4 … 32) keeps the codes in use
@@ -53,6 +54,7 @@ class TokenizerConfig:
     attention: bool = False
     codebook_decay: float = 0.98
     restart_share: float = 0.1
+    alpha: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_size", "grid", "code_dim", "patch", "channels", "encoder_blocks", "decoder_blocks"):
@@ -72,7 +74,7 @@ class TokenizerConfig:
             self.image_size,
             f"grid × {factor} = {self.grid * factor}",
         )
-        limit = 3 * self.cell**2
+        limit = self.image_channels * self.cell**2
         require(
             self.code_dim <= limit,
             "code_dim",
@@ -81,6 +83,11 @@ class TokenizerConfig:
         )
         require(0 <= self.codebook_decay < 1, "codebook_decay", self.codebook_decay, "in [0, 1)")
         require(0 <= self.restart_share < 1, "restart_share", self.restart_share, "in [0, 1)")
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the image: 4 with alpha, else 3."""
+        return 4 if self.alpha else 3
 
     @property
     def cell(self) -> int:
@@ -175,7 +182,9 @@ class Encoder(nn.Module):
         widths = [config.channels * m for m in config.channel_multipliers]
         kernel = 3 if config.patch == 1 else 2 * config.patch
         padding = (kernel - config.patch + 1) // 2
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], kernel, stride=config.patch, padding=padding)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(config.image_channels, widths[0], kernel, stride=config.patch, padding=padding)
+        ]
         for level, width in enumerate(widths):
             if level:
                 layers.append(nn.Conv2d(widths[level - 1], width, 2, stride=2))
@@ -184,8 +193,8 @@ class Encoder(nn.Module):
             layers += [AttentionBlock(widths[-1]), ResidualBlock(widths[-1])]
         layers += [nn.GroupNorm(widths[-1] // 8, widths[-1]), nn.Conv2d(widths[-1], config.code_dim, 1, bias=False)]
         self.layers = nn.Sequential(*layers)
-        self.shortcut = nn.Conv2d(3, config.code_dim, config.cell, stride=config.cell)
-        _start(self, cosine_filters(config.code_dim, config.cell))
+        self.shortcut = nn.Conv2d(config.image_channels, config.code_dim, config.cell, stride=config.cell)
+        _start(self, cosine_filters(config.code_dim, config.cell, config.image_channels))
 
     def forward(self, pixels: Pixels) -> FeatureMap:
         """The latents, [batch, code_dim, grid, grid]."""
@@ -216,23 +225,26 @@ class Decoder(nn.Module):
                 nn.PixelShuffle(config.patch),
                 nn.SiLU(),
             ]
-        layers.append(nn.Conv2d(fine if config.patch > 1 else widths[-1], 3, 3, padding=1))
+        layers.append(nn.Conv2d(fine if config.patch > 1 else widths[-1], config.image_channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)
-        self.shortcut = nn.ConvTranspose2d(config.code_dim, 3, config.cell, stride=config.cell)
-        _start(self, cosine_filters(config.code_dim, config.cell))
+        self.shortcut = nn.ConvTranspose2d(config.code_dim, config.image_channels, config.cell, stride=config.cell)
+        _start(self, cosine_filters(config.code_dim, config.cell, config.image_channels))
 
     def forward(self, codes: FeatureMap) -> Pixels:
         """The image, not clamped."""
         return self.shortcut(codes) + self.layers(codes)
 
 
-def cosine_filters(count: int, size: int) -> Float[Tensor, "count 3 size size"]:
-    """The first orthonormal filters of a colour image's cosine transform, coarse before fine, light before colour."""
+def cosine_filters(count: int, size: int, channels: int = 3) -> Float[Tensor, "count channels size size"]:
+    """Return the first orthonormal filters of an image's cosine transform, coarse before fine, light and alpha before colour."""
     place, frequency = (torch.arange(size) + 0.5) * math.pi / size, torch.arange(size)
     waves = functional.normalize(torch.cos(frequency[:, None] * place), dim=1)
-    colors = functional.normalize(torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]]), dim=1)
+    colors = functional.pad(torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]]), (0, channels - 3, 0, channels - 3))
+    colors[3:, 3:] = 1
+    colors = functional.normalize(colors, dim=1)
     filters = torch.einsum("kc,uy,vx->kuvcyx", colors, waves, waves).flatten(0, 2)
-    order = torch.einsum("k,uv->kuv", torch.tensor([1.0, 4, 4]), (frequency[:, None] + frequency + 1.0).square())
+    importance = torch.tensor([1.0, 4, 4, 1][:channels])
+    order = torch.einsum("k,uv->kuv", importance, (frequency[:, None] + frequency + 1.0).square())
     return filters[order.flatten().argsort(stable=True)[:count]]
 
 
@@ -339,6 +351,11 @@ class VQGAN(nn.Module):
         return self.config.grid
 
     @property
+    def alpha(self) -> bool:
+        """True if its pixels have alpha as a fourth channel."""
+        return self.config.alpha
+
+    @property
     def codes(self) -> Float[Tensor, "vocab code_dim"]:
         """The vector of each code."""
         return self.quantizer.codes
@@ -357,7 +374,7 @@ class VQGAN(nn.Module):
 
         Raises: UsageError when the images are not of the tokenizer's size.
         """
-        check_pixels(pixels, self.config.image_size)
+        check_pixels(pixels, self.config.image_size, self.config.image_channels)
         z = rearrange(self.encoder(pixels), "b c y x -> (b y x) c").float()
         return self.quantizer.nearest(z).view(len(pixels), -1)
 

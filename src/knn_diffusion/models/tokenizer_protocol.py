@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from knn_diffusion.errors import UsageError
 from knn_diffusion.shapes import Tokens
 
-Pixels = Float[Tensor, "batch 3 height width"]
+Pixels = Float[Tensor, "batch image_channels height width"]
+"""RGB in [-1, 1], or RGBA as `images.pixels_from_uint8` makes it."""
 
 
 @runtime_checkable
@@ -25,6 +26,10 @@ class Tokenizer(Protocol):
     @property
     def config(self) -> Any:
         """What it is stored with; has an `image_size`, the side of its square images in pixels."""
+
+    @property
+    def alpha(self) -> bool:
+        """True if its pixels have alpha as a fourth channel."""
 
     @property
     def vocab_size(self) -> int:
@@ -54,11 +59,11 @@ class Tokenizer(Protocol):
         """Its weights by name."""
 
 
-def check_pixels(pixels: Pixels, size: int) -> None:
-    """Raise a UsageError unless these are images of this size."""
-    if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+def check_pixels(pixels: Pixels, size: int, channels: int = 3) -> None:
+    """Raise a UsageError unless these are images of this size and number of channels."""
+    if pixels.ndim != 4 or pixels.shape[1:] != (channels, size, size):
         raise UsageError(
-            f"expected images [batch, 3, {size}, {size}], got {list(pixels.shape)}: resize them with images.square first"
+            f"expected images [batch, {channels}, {size}, {size}], got {list(pixels.shape)}: resize them with images.square first"
         )
 
 

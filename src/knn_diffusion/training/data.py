@@ -49,14 +49,14 @@ class Dataset(Protocol):
 class PixelDataset:
     """Square images for the tokenizer: `pixels` in [-1, 1], mirrored half of the time if asked."""
 
-    array: UInt8[np.ndarray, "items height width 3"]
+    array: UInt8[np.ndarray, "items height width channels"]
     mirror: bool = False
 
     def __len__(self) -> int:
         return len(self.array)
 
     def batch(self, indices: Int[Tensor, "batch"], generator: torch.Generator) -> Batch:
-        """`pixels` of shape [batch, 3, height, width]."""
+        """`pixels` of shape [batch, channels, height, width]."""
         pixels = images.pixels_from_uint8(self.array[indices.numpy()])
         if self.mirror:
             flipped = rand(len(indices), generator=generator) < 0.5

@@ -18,11 +18,12 @@ from torch.nn import functional
 from knn_diffusion.checkpoint import apply_weights, save_part
 from knn_diffusion.config import config, require, to_dict
 from knn_diffusion.errors import UsageError
-from knn_diffusion.images import from_array, grid, pixels_from_uint8, uint8_from_pixels
+from knn_diffusion.images import from_array, grid, over_ground, pixels_from_uint8, uint8_from_pixels
 from knn_diffusion.model_folder import resolve_model
 from knn_diffusion.models.discriminator import PatchDiscriminator
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig, codebook_perplexity
 from knn_diffusion.models.tokenizers import load_tokenizer
+from knn_diffusion.randomness import rand
 from knn_diffusion.training.data import Batch, PixelDataset, keep_pictures, load_pixels
 from knn_diffusion.training.loop import TrainingResult, check_output, train
 from knn_diffusion.training.objective import Phase, Validation
@@ -40,6 +41,8 @@ class TokenizerLossConfig:
 
     perceptual           what compares images beyond pixels: none, edges (a gradient pyramid) or random (fixed random features)
     perceptual_weight    its weight
+    backbone_weight      weight of the distance between features of a pretrained backbone, which `train_tokenizer` is then given
+    alpha_weight         weight of the mean absolute difference of alpha, where images have it
     commitment_weight    pull of the encoder towards its codes
     adversarial_weight   weight of fooling the discriminator
     feature_weight       weight of matching the discriminator's features
@@ -49,6 +52,8 @@ class TokenizerLossConfig:
 
     perceptual: PerceptualName = "edges"
     perceptual_weight: float = 0.5
+    backbone_weight: float = 0.0
+    alpha_weight: float = 0.5
     commitment_weight: float = 2.0
     adversarial_weight: float = 0.02
     feature_weight: float = 0.2
@@ -56,7 +61,8 @@ class TokenizerLossConfig:
     adversarial_start: int = 2500
 
     def __post_init__(self) -> None:
-        for name in ("perceptual_weight", "commitment_weight", "adversarial_weight", "feature_weight"):
+        weights = ("perceptual", "backbone", "alpha", "commitment", "adversarial", "feature")
+        for name in (f"{weight}_weight" for weight in weights):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         ordered = 0 <= self.discriminator_start <= self.adversarial_start
         require(
@@ -76,7 +82,12 @@ class TokenizerRun:
 class TokenizerObjective:
     """VQGAN's two losses; an `Objective` of the training loop."""
 
-    def __init__(self, run: TokenizerRun, validation: UInt8[np.ndarray, "items height width 3"]) -> None:
+    def __init__(
+        self,
+        run: TokenizerRun,
+        validation: UInt8[np.ndarray, "items height width channels"],
+        backbone: nn.Module | None = None,
+    ) -> None:
         self.run = run
         self.settings: Mapping[str, object] = to_dict(run)
         self.batch_size = run.training.batch_size
@@ -84,10 +95,11 @@ class TokenizerObjective:
         self.tokenizer = VQGAN(run.tokenizer)
         self.discriminator = PatchDiscriminator()
         self.perceive = PERCEPTIONS[run.loss.perceptual]()
+        self.backbone = None if run.loss.backbone_weight == 0 else backbone
         self.network: nn.Module = self.tokenizer
         parts = {"tokenizer": self.tokenizer, "discriminator": self.discriminator, "perceive": self.perceive}
         self.modules: nn.Module = nn.ModuleDict(parts).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._drawn: Tensor | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
 
     def phases(self) -> list[Phase]:
         """The generator, then the discriminator on what the generator just drew."""
@@ -97,16 +109,28 @@ class TokenizerObjective:
         ]
 
     def generator_loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pixels, edges, commitment and, from `adversarial_start`, the discriminator's opinion."""
+        """Pixels, edges, commitment and, from `adversarial_start`, the discriminator's opinion.
+
+        Images with alpha are compared over a random ground, another one for each image and step: so colours count where
+        they are seen, and alpha everywhere.
+        """
         s, real = self.run.loss, batch["pixels"].contiguous(memory_format=torch.channels_last)
         result = self.tokenizer(real, generator)
-        drawn = result.pixels.float()
-        self._drawn = drawn.detach()
-        pixel, perceptual = (drawn - real).abs().mean(), self.perceive(drawn, real)
+        redrawn = result.pixels.float()
+        ground = 2 * rand(len(real), 3, 1, 1, generator=generator).to(real) - 1
+        drawn, real_seen = over_ground(redrawn, ground), over_ground(real, ground)
+        self._seen = real_seen, drawn.detach()
+        pixel, perceptual = (drawn - real_seen).abs().mean(), self.perceive(drawn, real_seen)
         loss = pixel + s.perceptual_weight * perceptual + s.commitment_weight * result.commitment
         parts = {"pixel": pixel, "perceptual": perceptual, "commitment": result.commitment}
+        if self.run.tokenizer.alpha:
+            parts["alpha"] = (redrawn[:, 3:] - real[:, 3:]).abs().mean()
+            loss = loss + s.alpha_weight * parts["alpha"]
+        if self.backbone is not None:
+            parts["backbone"] = self.backbone(drawn, real_seen)
+            loss = loss + s.backbone_weight * parts["backbone"]
         if step >= s.adversarial_start and s.adversarial_weight + s.feature_weight > 0:
-            adversarial, features = self._opinion(drawn, real)
+            adversarial, features = self._opinion(drawn, real_seen)
             loss = loss + s.adversarial_weight * adversarial + s.feature_weight * features
             parts |= {"adversarial": adversarial, "features": features}
         return {"loss": loss, **parts}
@@ -124,9 +148,9 @@ class TokenizerObjective:
     def discriminator_loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor] | None:
         """Hinge loss: images above 1, reconstructions below -1."""
         s = self.run.loss
-        if step < s.discriminator_start or s.adversarial_weight + s.feature_weight == 0 or self._drawn is None:
+        if step < s.discriminator_start or s.adversarial_weight + s.feature_weight == 0 or self._seen is None:
             return None
-        logits, _ = self.discriminator(torch.cat([batch["pixels"], self._drawn]))
+        logits, _ = self.discriminator(torch.cat(self._seen))
         real, drawn = logits.float().chunk(2)
         return {
             "loss": functional.relu(1 - real).mean() + functional.relu(1 + drawn).mean(),
@@ -134,22 +158,23 @@ class TokenizerObjective:
         }
 
     def validate(self, network: nn.Module, step: int, generator: torch.Generator) -> Validation:
-        """Quality of reconstructions, and how much of the codebook they use."""
+        """Quality of reconstructions, on white where they have alpha, and how much of the codebook they use."""
         device = next(network.parameters()).device
         assert isinstance(network, VQGAN)
         counts = torch.zeros(network.vocab_size)
         error, squared = 0.0, 0.0
         previews: list[np.ndarray] = []
         for start in range(0, len(self.validation), self.batch_size):
-            real = pixels_from_uint8(self.validation[start : start + self.batch_size]).to(device)
-            tokens = network.encode(real)
-            drawn = network.decode(tokens)
+            pixels = pixels_from_uint8(self.validation[start : start + self.batch_size]).to(device)
+            tokens = network.encode(pixels)
+            white = torch.ones(len(pixels), 3, 1, 1, device=device)
+            real, drawn = over_ground(pixels, white), over_ground(network.decode(tokens), white)
             counts += torch.bincount(tokens.flatten().cpu(), minlength=network.vocab_size)
             error += float((drawn - real).abs().sum())
             squared += float((drawn - real).square().sum())
             if not previews:
                 previews = [*uint8_from_pixels(real[:PREVIEWS]), *uint8_from_pixels(drawn[:PREVIEWS])]
-        values = self.validation.size
+        values = 3 * self.validation[..., 0].size
         metrics = {
             "l1": error / values,
             "psnr": float(10 * np.log10(4 * values / squared)),

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from knn_diffusion.checkpoint import load_part
 from knn_diffusion.config import from_dict
-from knn_diffusion.errors import CheckpointError, ConfigError
-from knn_diffusion.images import pixels_from_uint8
+from knn_diffusion.errors import CheckpointError, ConfigError, UsageError
+from knn_diffusion.images import from_array, pixels_from_uint8
 from knn_diffusion.models.discriminator import PatchDiscriminator
+from knn_diffusion.models.efficientnet import EfficientNet, EfficientNetConfig, Stage
 from knn_diffusion.models.tokenizer import TokenizerConfig
 from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.training.data import PixelDataset
 from knn_diffusion.training.loop import train
 from knn_diffusion.training.options import RunOptions
-from knn_diffusion.training.perceptual import PERCEPTIONS
+from knn_diffusion.training.perceptual import PERCEPTIONS, FeaturePerception
 from knn_diffusion.training.plan import TrainingConfig
-from knn_diffusion.training.tokenizer import TokenizerLossConfig, TokenizerObjective, TokenizerRun
+from knn_diffusion.training.tokenizer import TokenizerLossConfig, TokenizerObjective, TokenizerRun, train_tokenizer
 
 RUN = TokenizerRun(
     tokenizer=TokenizerConfig(image_size=16, grid=4, vocab_size=16, code_dim=8, channels=8, decoder_blocks=1),
@@ -176,6 +177,32 @@ def test_every_perception_is_zero_for_equal_images_and_alike_each_time(name: str
     assert float(one(real, real)) == pytest.approx(0, abs=1e-6)
     assert float(one(blurred, real)) == float(two(blurred, real))
     assert (float(one(blurred, real)) > 0.01) == (name != "none")
+
+
+def test_features_of_a_backbone_compare_images_and_leave_the_backbone_alone() -> None:
+    torch.manual_seed(0)
+    stages = (Stage(width=8, blocks=1, kernel=3, stride=1, expand=1), Stage(width=8, blocks=1, kernel=3, stride=2))
+    backbone = EfficientNet(EfficientNetConfig(stem_width=8, stages=stages, width=16))
+    perceive, real = FeaturePerception(backbone, maps=3), pixels_from_uint8(discs(4))
+    blurred = torch.nn.functional.avg_pool2d(real, 3, 1, 1).requires_grad_()
+    distance = perceive(blurred, real)
+    assert perceive(real, real).item() == pytest.approx(0, abs=1e-6)
+    unit = [torch.nn.functional.normalize(one, dim=1) for one in backbone.stages(real, 3)]
+    other = [torch.nn.functional.normalize(one, dim=1) for one in backbone.stages(blurred, 3)]
+    pairs = zip(unit, other, strict=True)
+    slow = sum(((a - b).square().sum() / len(a) / a[0, 0].numel()).item() for a, b in pairs)
+    assert distance.item() == pytest.approx(slow, rel=1e-4)
+    distance.backward()
+    assert blurred.grad.abs().sum() > 0
+    assert all(one.grad is None for one in backbone.parameters())
+
+
+def test_a_backbone_weight_without_a_backbone_is_refused_with_the_cure(tmp_path: Path) -> None:
+    run = replace(RUN, loss=replace(RUN.loss, backbone_weight=1.0))
+    for number, array in enumerate(discs(3)):
+        from_array(array).save(tmp_path / f"{number}.png")
+    with pytest.raises(UsageError, match=r"expected a pretrained backbone.*--backbone"):
+        train_tokenizer(run, [tmp_path], RunOptions(output=tmp_path / "run", device="cpu"))
 
 
 def test_edges_punish_a_blurred_contour_more_than_a_shifted_colour() -> None:

@@ -89,6 +89,9 @@ def tokenizer(
     config: ConfigOption = None,
     changes: SetOption = None,
     init: InitOption = None,
+    backbone: Annotated[
+        Path | None, typer.Option("--backbone", help="Folder of a pretrained backbone, for loss.backbone_weight.")
+    ] = None,
     resume: ResumeOption = False,
     max_minutes: MinutesOption = None,
     device: DeviceOption = "auto",
@@ -104,7 +107,7 @@ def tokenizer(
     sources = _required(images)
     run = chosen_run("tokenizer", TOKENIZERS, preset=preset, file=config, changes=changes, init=init)
     with _watched("tokenizer", output, resume=resume, max_minutes=max_minutes, device=device) as options:
-        result = train_tokenizer(run, sources, options, init=init)
+        result = train_tokenizer(run, sources, options, init=init, backbone=backbone)
     _report("tokenizer", output, result, as_json)
 
 

@@ -22,7 +22,7 @@ PIXEL_SCALE, PIXEL_SHIFT = 127.5 / 128, 0.5 / 128
 """From [-1, 1] to what it was trained on: (level - 127) / 128 for levels 0 … 255."""
 
 Pixels = Float[Tensor, "batch 3 height width"]
-Map = Float[Tensor, "batch channels height width"]
+Map = Float[Tensor, "batch _ _ _"]
 
 
 @config

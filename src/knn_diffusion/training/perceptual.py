@@ -1,7 +1,7 @@
 """What makes two images look alike beyond their pixels: losses over features that are fixed, not trained.
 
-Differs from the paper: its tokenizer compares features of a pretrained VGG (LPIPS). The package runs without downloads,
-so its own choices need no weights. A pretrained network fits the same seam: any module `(drawn, real) -> scalar`.
+Differs from the paper: its tokenizer compares features of a pretrained VGG (LPIPS). `FeaturePerception` does the same over
+a backbone that the user has; the others need no weights. The seam is any module `(drawn, real) -> scalar`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+from knn_diffusion.models.efficientnet import EfficientNet
 
 Pixels = Float[Tensor, "batch 3 height width"]
 PerceptualName = Literal["none", "edges", "random"]
@@ -64,14 +66,33 @@ class RandomPerception(nn.Module):
         total = drawn.new_zeros(())
         for stage, weight in enumerate(self.buffers()):
             x, y = (functional.relu(functional.conv2d(z, weight, padding=1, stride=1 + (stage > 0))) for z in (x, y))
-            total = (
-                total
-                + (functional.normalize(x.float(), dim=1) - functional.normalize(y.float(), dim=1))
-                .square()
-                .sum(1)
-                .mean()
-            )
+            total = total + _unit_distance(x, y)
         return total
+
+
+class FeaturePerception(nn.Module):
+    """Squared distance of channel-normalised features of a pretrained backbone, summed over its first maps (LPIPS, Zhang et al. 2018).
+
+    Differs from LPIPS: every channel counts the same, since there are no human judgements to weigh them by.
+    """
+
+    def __init__(self, backbone: EfficientNet, maps: int = 5) -> None:
+        super().__init__()
+        self.backbone, self.maps = backbone.eval().requires_grad_(False), maps
+
+    def forward(self, drawn: Pixels, real: Pixels) -> Float[Tensor, ""]:
+        """Mean over places, summed over maps."""
+        with torch.no_grad():
+            wanted = self.backbone.stages(real, self.maps)
+        seen = self.backbone.stages(drawn, self.maps)
+        return torch.stack([_unit_distance(a, b) for a, b in zip(seen, wanted, strict=True)]).sum()
+
+
+def _unit_distance(
+    a: Float[Tensor, "batch features rows columns"], b: Float[Tensor, "batch features rows columns"]
+) -> Float[Tensor, ""]:
+    """Mean over places of the squared distance between unit feature vectors."""
+    return (functional.normalize(a.float(), dim=1) - functional.normalize(b.float(), dim=1)).square().sum(1).mean()
 
 
 PERCEPTIONS: dict[PerceptualName, type[nn.Module]] = {

@@ -21,6 +21,7 @@ from knn_diffusion.errors import UsageError
 from knn_diffusion.images import from_array, grid, over_ground, pixels_from_uint8, uint8_from_pixels
 from knn_diffusion.model_folder import resolve_model
 from knn_diffusion.models.discriminator import PatchDiscriminator
+from knn_diffusion.models.efficientnet import EfficientNet, load_backbone
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig, codebook_perplexity
 from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.randomness import rand
@@ -28,7 +29,7 @@ from knn_diffusion.training.data import Batch, PixelDataset, keep_pictures, load
 from knn_diffusion.training.loop import TrainingResult, check_output, train
 from knn_diffusion.training.objective import Phase, Validation
 from knn_diffusion.training.options import RunOptions
-from knn_diffusion.training.perceptual import PERCEPTIONS, PerceptualName
+from knn_diffusion.training.perceptual import PERCEPTIONS, FeaturePerception, PerceptualName
 from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.processes import refuse_many
 
@@ -86,7 +87,7 @@ class TokenizerObjective:
         self,
         run: TokenizerRun,
         validation: UInt8[np.ndarray, "items height width channels"],
-        backbone: nn.Module | None = None,
+        backbone: EfficientNet | None = None,
     ) -> None:
         self.run = run
         self.settings: Mapping[str, object] = to_dict(run)
@@ -95,7 +96,7 @@ class TokenizerObjective:
         self.tokenizer = VQGAN(run.tokenizer)
         self.discriminator = PatchDiscriminator()
         self.perceive = PERCEPTIONS[run.loss.perceptual]()
-        self.backbone = None if run.loss.backbone_weight == 0 else backbone
+        self.backbone = FeaturePerception(backbone) if backbone is not None and run.loss.backbone_weight > 0 else None
         self.network: nn.Module = self.tokenizer
         parts = {"tokenizer": self.tokenizer, "discriminator": self.discriminator, "perceive": self.perceive}
         self.modules: nn.Module = nn.ModuleDict(parts).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -209,10 +210,12 @@ def train_tokenizer(
     options: RunOptions,
     *,
     init: str | Path | None = None,
+    backbone: Path | None = None,
 ) -> TrainingResult:
     """Train a tokenizer on image folders, files or shards; leaves it in `output/model`.
 
     Args:
+        backbone: folder of a pretrained backbone, for `loss.backbone_weight`.
         init: bundled name or folder of a model whose tokenizer's weights start the run.
 
     Raises: UsageError when there are fewer than two readable images, or a resumed run was begun with others; CheckpointError when `init` is of another shape.
@@ -226,8 +229,19 @@ def train_tokenizer(
     if len(pixels) < 2:
         raise UsageError(f"expected at least 2 images to train on, got {len(pixels)}: add images")
     cut = len(pixels) - min(512, max(1, len(pixels) // 50))
-    objective = TokenizerObjective(run, pixels[cut:])
+    objective = TokenizerObjective(run, pixels[cut:], _backbone(run, backbone))
     if init is not None:
         objective.start_from(resolve_model(init) / "tokenizer")
     dataset = PixelDataset(pixels[:cut], mirror=True)
     return train(objective, dataset, run.training, options)
+
+
+def _backbone(run: TokenizerRun, folder: Path | None) -> EfficientNet | None:
+    if run.loss.backbone_weight == 0:
+        return None
+    if folder is None:
+        raise UsageError(
+            "expected a pretrained backbone, loss.backbone_weight is above 0 and none was given: name its folder "
+            "(--backbone) or set loss.backbone_weight=0"
+        )
+    return load_backbone(folder)

@@ -11,24 +11,31 @@ from knn_diffusion.images.arrays import (
 )
 from knn_diffusion.images.decode import MAX_PIXELS, open_image
 from knn_diffusion.images.find import ImageFile, SourceImage, find_files, find_images, is_container
+from knn_diffusion.images.framing import FRAMING, Colour, frame, is_transparent, on_ground, showing_ground
 from knn_diffusion.images.save import grid, parameters_text, read_settings, save_png
 
 __all__ = [
+    "FRAMING",
     "MAX_PIXELS",
+    "Colour",
     "ImageFile",
     "SourceImage",
     "averages",
     "find_files",
     "find_images",
+    "frame",
     "from_array",
     "grid",
     "is_container",
+    "is_transparent",
+    "on_ground",
     "open_image",
     "over_ground",
     "parameters_text",
     "pixels_from_uint8",
     "read_settings",
     "save_png",
+    "showing_ground",
     "square",
     "to_array",
     "uint8_from_pixels",

@@ -1,0 +1,143 @@
+"""How a picture fills the frame: one rule for encoder, tokenizer, previews and denoiser; and the ground under transparency.
+
+Transparent stickers come cut to the edge, with wide margins, or off centre. Framed by this rule they look the same to a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from knn_diffusion.errors import ImageError, UsageError
+from knn_diffusion.images.arrays import square
+from knn_diffusion.images.decode import open_image
+
+FRAMING = "trim-15/16"
+"""Name of the rule `frame` follows, kept with what was made by it; another rule gets another name."""
+
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
+GREY: Colour = (128, 128, 128)
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom, the last two exclusive."""
+
+NOISE = 8
+"""Levels of 255 that count as nothing: so much alpha is transparent, so near to the ground is ground."""
+SPECK = 1 / 8
+"""Share of an opaque picture's longer side; anything smaller on a plain ground is a speck, not its subject."""
+OUTLINE_SIDE = 128
+"""The outline of larger pictures is looked at in a copy reduced to about this side."""
+FAINT = 20
+"""Mean difference in levels; an outline less different from its ground cannot be seen."""
+
+
+def frame(image: Image.Image, size: int) -> Image.Image:
+    """The picture at `size` × `size` pixels: trimmed, its longer side at 15/16 of the frame, centred.
+
+    A picture with transparency is trimmed to what its alpha shows, and the result is RGBA. An opaque picture is RGB: where its
+    whole edge is one colour, that ground is trimmed in the same way and fills the rest of the frame; any other is its centred
+    square, as `square` makes it. Framing a framed picture changes nothing.
+
+    Raises: UsageError when size is below 1; ImageError when the picture is transparent everywhere.
+    """
+    if size < 1:
+        raise UsageError(f"expected a size of at least 1 pixel, got {size}: choose the size of the model")
+    picture = image if image.mode in ("RGB", "RGBA") else open_image(image)
+    if is_transparent(picture):
+        box = _box(picture, "A", (0,))
+        if box is None:
+            raise ImageError(
+                f"expected a picture with something to see, got {picture.width} × {picture.height} pixels that are all "
+                f"transparent (alpha of at most {NOISE} of 255): leave it out"
+            )
+        return _placed(picture, box, size, (0, 0, 0, 0))
+    picture = picture.convert("RGB")
+    ground = _plain_ground(picture)
+    box = None if ground is None else _box(picture, "RGB", ground)
+    if ground is None or box is None or _longer(box) < SPECK * max(picture.width, picture.height):
+        return square(picture, size)
+    return _placed(picture, box, size, ground)
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """True if any pixel lets a ground through, by more than noise."""
+    return image.mode == "RGBA" and any(image.getchannel("A").histogram()[: 255 - NOISE])
+
+
+def on_ground(image: Image.Image, ground: Colour | None = None) -> Image.Image:
+    """The picture in RGB, composed on a colour where it is transparent; opaque ones are as they were.
+
+    Args: ground: None takes `showing_ground`.
+    """
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    paper = Image.new("RGB", image.size, ground or showing_ground(image))
+    paper.paste(image, mask=image)
+    return paper
+
+
+def showing_ground(image: Image.Image) -> Colour:
+    """White, or mid grey for a picture that would vanish on white: one with most of its outline as light as that."""
+    if not is_transparent(image):
+        return WHITE
+    factor = max(1, max(image.size) // OUTLINE_SIDE)
+    small = np.asarray(image.reduce(factor), np.int16)
+    drawn = np.pad(small[..., 3] > 127, 1)
+    inside = drawn[:-2, 1:-1] & drawn[2:, 1:-1] & drawn[1:-1, :-2] & drawn[1:-1, 2:]
+    outline = small[drawn[1:-1, 1:-1] & ~inside]
+    if not len(outline):  # nothing but a veil
+        outline = small[small[..., 3] > NOISE]
+    contrast = (255 - outline[:, :3]).mean(1) * outline[:, 3] / 255
+    return GREY if len(contrast) and (contrast < FAINT).mean() > 0.5 else WHITE
+
+
+def _longer(box: Box) -> int:
+    return max(box[2] - box[0], box[3] - box[1])
+
+
+def _box(picture: Image.Image, channels: str, ground: Sequence[int]) -> Box | None:
+    """The smallest box around all that differs from the ground by more than noise, None where nothing does."""
+    boxes = []
+    for channel, level in zip(channels, ground, strict=True):
+        far = picture.getchannel(channel).point([255 * (abs(other - level) > NOISE) for other in range(256)])
+        if (box := far.getbbox()) is not None:
+            boxes.append(box)
+    if not boxes:
+        return None
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return min(left), min(top), max(right), max(bottom)
+
+
+def _plain_ground(picture: Image.Image) -> Colour | None:
+    """The colour that the picture's whole edge has, up to noise; None where it has several."""
+    width, height = picture.size
+    strips = [(0, 0, width, 1), (0, height - 1, width, height), (0, 0, 1, height), (width - 1, 0, width, height)]
+    edge = np.concatenate([np.asarray(picture.crop(strip)).reshape(-1, 3) for strip in strips]).astype(np.int16)
+    red, green, blue = np.median(edge, axis=0).astype(int).tolist()
+    return (red, green, blue) if np.abs(edge - (red, green, blue)).max() <= NOISE else None
+
+
+def _placed(picture: Image.Image, box: Box, size: int, ground: tuple[int, ...]) -> Image.Image:
+    """What is in the box, its longer side at 15/16 of `size`, in the middle of a frame of that ground."""
+    scale = max(1, round(size * 15 / 16)) / _longer(box)
+    width, height = (max(1, round((box[end] - box[end - 2]) * scale)) for end in (2, 3))
+    subject = _resized(picture.crop(box), width, height)
+    framed = Image.new(picture.mode, (size, size), ground)
+    framed.paste(subject, ((size - width) // 2, (size - height) // 2))
+    return framed
+
+
+def _resized(subject: Image.Image, width: int, height: int) -> Image.Image:
+    """Colours weighted by their alpha, so that none bleeds in from where nothing is seen; whole numbers average blocks."""
+    if subject.size == (width, height):
+        resized = subject
+    elif (subject.width % width, subject.height % height) == (0, 0):
+        resized = subject.reduce((subject.width // width, subject.height // height))
+    else:
+        weighted = subject.convert("RGBa") if subject.mode == "RGBA" else subject
+        resized = weighted.resize((width, height), Image.Resampling.HAMMING, reducing_gap=3.0).convert(subject.mode)
+    if resized.mode == "RGBA":
+        resized.putalpha(resized.getchannel("A").point([level if level > NOISE else 0 for level in range(256)]))
+    return resized

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from knn_diffusion import images
 from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index import content_digest
 from knn_diffusion.training import data
@@ -53,6 +54,32 @@ def test_images_become_square_pixels_with_the_ids_an_index_gives_them(folder: Pa
     assert found.array.shape == (2, SIZE, SIZE, 3)
     assert [tuple(image[0, 0]) for image in found.array] == [(250, 0, 0), (0, 0, 250)]
     assert found.ids[0] == content_digest(Image.open(folder / "a.png"))[:16]
+
+
+def test_transparent_images_lie_on_a_ground_or_keep_their_alpha(folder: Path, tmp_path: Path) -> None:
+    sticker = Image.new("RGBA", (40, 30), (0, 0, 0, 0))
+    sticker.paste((0, 200, 0, 255), (20, 5, 35, 20))
+    sticker.save(folder / "c.png")
+    flat, full = (load_pixels([folder], 16, tmp_path / "cache", alpha=alpha) for alpha in (False, True))
+    assert flat.array.shape == (3, 16, 16, 3)
+    assert full.array.shape == (3, 16, 16, 4)
+    assert flat.ids == full.ids
+    assert flat.digest != full.digest
+    opened = [images.open_image(folder / f"{name}.png") for name in "abc"]
+    for number, one in enumerate(opened):
+        assert np.array_equal(flat.array[number], images.to_array(images.square(one, 16)))
+        assert np.array_equal(full.array[number], images.to_array(images.frame(one, 16).convert("RGBA")))
+    assert (full.array[:2, ..., 3] == 255).all()
+    assert full.array[2, 15, 15, 3] == 0
+    assert PixelDataset(flat.array).batch(torch.tensor([2]), torch.Generator())["pixels"].shape == (1, 3, 16, 16)
+
+
+def test_an_image_that_is_transparent_everywhere_is_left_out(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(folder / "blank.png")
+    for alpha in (False, True):
+        assert len(load_pixels([folder], SIZE, tmp_path / f"cache{alpha}", alpha=alpha).ids) == 2
+        skipped = json.loads(next((tmp_path / f"cache{alpha}").rglob("skipped.json")).read_text())
+        assert [(one["key"], "all transparent" in one["reason"]) for one in skipped] == [("blank.png", True)]
 
 
 def test_images_are_decoded_once(folder: Path, tmp_path: Path, decoded: list[int]) -> None:

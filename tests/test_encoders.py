@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tiny_encoder import tiny_encoder, tiny_tokenizer
 
+from knn_diffusion import images
 from knn_diffusion.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from knn_diffusion.errors import CheckpointError, ConfigError, MissingDependencyError, UsageError
 from knn_diffusion.models import encoders
@@ -91,6 +92,24 @@ def test_a_vector_does_not_depend_on_its_company(encoder: JointEncoder) -> None:
     np.testing.assert_array_equal(together[:2], encoder.encode_images(many[:2]))
     np.testing.assert_array_equal(together[-1:], encoder.encode_images(many[-1:]))
     np.testing.assert_array_equal(encoder.encode_texts(TEXTS)[1:2], encoder.encode_texts(TEXTS[1:2]))
+
+
+def sticker(colour: tuple[int, int, int], size: tuple[int, int], place: tuple[int, int]) -> Image.Image:
+    drawn = Image.new("RGBA", size, (*colour, 0))
+    drawn.paste((*colour, 255), (*place, place[0] + 60, place[1] + 40))
+    drawn.paste((0, 90, 200, 255), (place[0] + 20, place[1] + 10, place[0] + 30, place[1] + 30))
+    return drawn
+
+
+def test_margins_of_a_transparent_picture_make_no_difference(encoder: JointEncoder) -> None:
+    narrow, wide = (sticker((200, 30, 30), *where) for where in (((64, 44), (2, 1)), ((300, 200), (210, 10))))
+    np.testing.assert_array_equal(*encoder.encode_images([narrow, wide]))
+
+
+def test_a_transparent_picture_is_seen_on_white_and_a_white_one_on_grey(encoder: JointEncoder) -> None:
+    for colour, ground in (((200, 30, 30), (255, 255, 255)), ((255, 255, 255), (128, 128, 128))):
+        seen = sticker(colour, (64, 64), (2, 12))
+        np.testing.assert_array_equal(*encoder.encode_images([seen, images.on_ground(images.frame(seen, 16), ground)]))
 
 
 def test_a_saved_encoder_keeps_its_vectors_and_its_fingerprint(encoder: JointEncoder, tmp_path: Path) -> None:

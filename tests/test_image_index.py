@@ -555,6 +555,25 @@ def test_ids_are_digests_of_size_and_pixels() -> None:
     assert content_digest(image) != content_digest(image.resize((1, 2)))
 
 
+def test_digests_cover_alpha_only_where_there_is_any() -> None:
+    drawn = picture(3)
+    opaque = drawn.copy()
+    opaque.putalpha(255)
+    assert content_digest(opaque) == content_digest(drawn)
+    halves = []
+    for level, hidden in ((0, 0), (0, 90), (128, 0)):
+        alpha = Image.new("L", drawn.size, 255)
+        alpha.paste(level, (0, 0, 10, 20))
+        half = drawn.copy()
+        half.paste((hidden, 0, 0), (0, 0, 10, 20))
+        half.putalpha(alpha)
+        halves.append(half)
+    plain, other_hidden_colour, other_alpha = (content_digest(half) for half in halves)
+    assert plain == other_hidden_colour
+    assert len({plain, other_alpha, content_digest(drawn), content_digest(halves[0].convert("RGB"))}) == 4
+    assert content_digest(halves[2]) == hashlib.sha256(b"20x20 RGBA;" + halves[2].tobytes()).hexdigest()
+
+
 def test_changes_to_an_overlay_leave_the_index_and_its_folder_alone(photos: Path, tmp_path: Path) -> None:
     with ImageIndex.build(photos, tmp_path / "index", ENCODER) as index:
         over = index.overlay()

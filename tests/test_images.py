@@ -112,39 +112,54 @@ def _rgba() -> Image.Image:
     return Image.fromarray(np.concatenate([picture(), alpha], axis=-1), "RGBA")
 
 
-def test_what_is_transparent_becomes_white_not_its_hidden_colour() -> None:
-    got = read(encoded(_rgba()))
-    assert (got[:, :8] == 255).all()
-    assert np.array_equal(got[:, 12:], picture()[:, 12:])
-    assert np.abs(got[:, 8:12] - (picture()[:, 8:12] * (128 / 255) + 255 * (127 / 255))).max() <= 2
+def read_alpha(content: bytes | Image.Image) -> np.ndarray:
+    opened = images.open_image(content)
+    assert opened.mode == "RGBA"
+    return np.asarray(opened).astype(int)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})])
+def test_transparency_is_kept(kind: str, options: dict[str, Any]) -> None:
+    assert np.array_equal(read_alpha(encoded(_rgba(), kind, **options)), np.asarray(_rgba()))
 
 
 @pytest.mark.parametrize("mode", ["LA", "PA", "La", "RGBa"])
-def test_other_modes_with_transparency_go_on_white_too(mode: str) -> None:
+def test_other_modes_with_transparency_keep_it_too(mode: str) -> None:
     grey = np.full((4, 4, 2), (10, 0), np.uint8)
     grey[0] = (10, 255)
     stored = Image.fromarray(grey, "LA")
     stored = stored.convert("RGBA").convert(mode) if mode in ("PA", "RGBa") else stored.convert(mode)
-    got = np.asarray(images.open_image(stored))
-    assert (got[0] == 10).all()
-    assert (got[1:] == 255).all()
+    got = read_alpha(stored)
+    assert (got[0] == [10, 10, 10, 255]).all()
+    assert (got[1:, :, 3] == 0).all()
 
 
-def test_a_palette_with_a_transparent_entry_goes_on_white() -> None:
+def test_a_palette_with_a_transparent_entry_keeps_it() -> None:
     stored = Image.new("P", (4, 2), 1)
     stored.putpalette([200, 0, 0, 0, 0, 200])
     stored.putpixel((0, 0), 0)
     for kind in ("PNG", "GIF"):
-        got = read(encoded(stored, kind, transparency=0))
-        assert got[0, 0].tolist() == [255, 255, 255]
-        assert got[1, 1].tolist() == [0, 0, 200]
+        got = read_alpha(encoded(stored, kind, transparency=0))
+        assert got[0, 0, 3] == 0
+        assert got[1, 1].tolist() == [0, 0, 200, 255]
 
 
 def test_one_bit_and_grey_pictures_with_a_transparent_level_are_read() -> None:
     bits = Image.fromarray(np.eye(4, dtype=bool))
     assert read(encoded(bits))[..., 0].tolist() == (np.eye(4, dtype=int) * 255).tolist()
     grey = Image.fromarray(np.array([[7, 90]], np.uint8))
-    assert read(encoded(grey, transparency=7))[0].tolist() == [[255] * 3, [90] * 3]
+    assert read_alpha(encoded(grey, transparency=7))[0].tolist() == [[7, 7, 7, 0], [90, 90, 90, 255]]
+
+
+def test_a_picture_that_nothing_shows_through_is_rgb() -> None:
+    opaque = Image.fromarray(picture())
+    opaque.putalpha(255)
+    assert np.array_equal(read(encoded(opaque)), picture())
+    opaque.putalpha(247)  # noise
+    assert np.array_equal(read(encoded(opaque)), picture())
+    indexed = Image.new("P", (4, 2), 1)
+    indexed.putpalette([200, 0, 0, 0, 0, 200])
+    assert (read(encoded(indexed, "PNG", transparency=0)) == [0, 0, 200]).all()
 
 
 @pytest.mark.parametrize("mode", ["YCbCr", "LAB", "HSV", "RGBX", "CMYK", "1", "L", "P", "I", "F", "I;16", "I;16B"])
@@ -158,6 +173,16 @@ def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
     content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     assert np.abs(read(content) - [255, 0, 0]).max() <= 6
+    assert images.open_image(content).info[images.OF_SEVERAL] is True
+    assert images.open_image(encoded(frames[0], kind)).info[images.OF_SEVERAL] is False
+
+
+def test_a_damaged_second_frame_does_not_spoil_the_first() -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    content = bytearray(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    second = content.rindex(b"\x2c")  # the separator before a frame
+    for change in (content[: second + 3], content[:second] + b"\x99" * 40):
+        assert (read(bytes(change)) == [254, 0, 0]).all() or (read(bytes(change)) == [255, 0, 0]).all()
 
 
 def test_an_embedded_colour_profile_becomes_srgb() -> None:
@@ -204,8 +229,18 @@ def test_square_is_antialiased_at_every_size() -> None:
         assert np.abs(np.asarray(images.square(checks, size)).astype(int) - 127).max() <= 6, size
 
 
-def test_square_of_a_transparent_picture_is_on_white() -> None:
-    assert (np.asarray(images.square(Image.new("RGBA", (6, 6), (200, 0, 0, 0)), 3)) == 255).all()
+def test_square_of_a_transparent_picture_is_its_frame_on_a_ground() -> None:
+    framed = images.frame(_rgba(), 32)
+    assert images.square(_rgba(), 32).tobytes() == images.on_ground(framed, (255, 255, 255)).tobytes()
+    white = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    white.paste((255, 255, 255, 255), (10, 10, 30, 30))
+    assert images.square(white, 16).getpixel((15, 15)) == (128, 128, 128)
+    assert images.square(white, 16).getpixel((8, 8)) == (255, 255, 255)
+    with pytest.raises(ImageError, match="all transparent"):
+        images.square(Image.new("RGBA", (6, 6), (200, 0, 0, 0)), 3)
+
+
+def test_square_refuses_a_size_below_one() -> None:
     with pytest.raises(UsageError, match="at least 1 pixel, got 0"):
         images.square(Image.new("RGB", (6, 6)), 0)
 
@@ -217,7 +252,8 @@ def test_bytes_and_pixels_are_each_others_inverse() -> None:
     assert (pixels.min().item(), pixels.max().item()) == (-1, 1)
     assert np.array_equal(images.uint8_from_pixels(pixels), levels)
     assert images.uint8_from_pixels(torch.full((1, 3, 1, 1), 7.0)).max() == 255
-    assert np.array_equal(images.to_array(images.from_array(levels[0])), levels[0])
+    for array in (levels[0], np.asarray(_rgba())):
+        assert np.array_equal(images.to_array(images.from_array(array)), array)
 
 
 def test_transparent_bytes_and_pixels_are_each_others_inverse_where_something_is_seen() -> None:
@@ -290,7 +326,7 @@ def test_mutilated_files_are_read_or_refused_never_anything_else() -> None:
         for _ in range(rng.choice((1, 3, 20))):
             content[rng.randrange(min(len(content), rng.choice((64, 10**6))))] = rng.randrange(256)
         with contextlib.suppress(ImageError):
-            assert images.open_image(bytes(content)).mode == "RGB"
+            assert images.open_image(bytes(content)).mode in ("RGB", "RGBA")
 
 
 def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
@@ -532,6 +568,17 @@ def test_small_pictures_are_enlarged_without_blur_and_others_keep_their_shape() 
     assert ((wide < 20).sum(axis=0) == 5).all()
 
 
+def test_transparent_pictures_lie_on_a_light_checkerboard() -> None:
+    half = Image.new("RGBA", (32, 32), (255, 255, 255, 255))
+    half.paste((200, 0, 0, 0), (0, 0, 32, 16))
+    sheet = np.asarray(images.grid([half], columns=1, cell=32))[4:36, 4:36]
+    assert set(np.unique(sheet[:16])) == {225, 255}
+    assert (sheet[0, :8] == 255).all()
+    assert (sheet[0, 8:16] == 225).all()
+    assert (sheet[8:16, :8] == 225).all()
+    assert (sheet[16:] == 255).all()
+
+
 def test_a_grid_of_nothing_or_of_unmatched_labels_is_wrong_use() -> None:
     with pytest.raises(UsageError, match="expected images, columns and a cell size"):
         images.grid([], columns=2, cell=8)
@@ -558,6 +605,27 @@ def test_a_resized_copy_has_the_same_averages(side: int) -> None:
         copy = picture.resize((side, side), Image.Resampling.LANCZOS)
         one, two = (images.averages(each, 8).astype(int) for each in (picture, copy))
         assert np.abs(one - two).mean() < 1.5
+
+
+@pytest.mark.parametrize("side", [77, 96, 250, 500])
+def test_a_resized_copy_of_a_transparent_picture_has_the_same_averages(side: int) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        coarse = random.integers(0, 256, (9, 9, 4), dtype=np.uint8)
+        coarse[..., 3] = np.where(coarse[..., 3] > 100, 255, 0)
+        picture = Image.fromarray(coarse, "RGBA").resize((128, 128), Image.Resampling.NEAREST)
+        copy = picture.resize((side, side), Image.Resampling.LANCZOS)
+        one, two = (images.averages(each, 8).astype(int) for each in (picture, copy))
+        assert np.abs(one - two).mean() < 3
+
+
+def test_averages_of_a_transparent_picture_are_of_its_frame_on_a_ground() -> None:
+    wide = Image.new("RGBA", (200, 80), (0, 0, 0, 0))
+    wide.paste((200, 0, 0, 255), (150, 20, 180, 50))
+    tight = Image.new("RGBA", (30, 30), (200, 0, 0, 255))
+    tight.putpixel((0, 0), (200, 0, 0, 200))
+    assert np.abs(images.averages(wide, 8).astype(int) - images.averages(tight, 8)).max() <= 4
+    assert (images.averages(wide, 8)[2:6, 2:6] == [200, 0, 0]).all()
 
 
 def test_packed_archives_are_listed_as_unusable(tmp_path: Path) -> None:

@@ -198,10 +198,14 @@ class _Batch:
 
 
 def content_digest(image: Image.Image) -> str:
-    """SHA-256 of size and RGB pixels in hexadecimal: the same picture has the same digest in every file format.
+    """SHA-256 of size and pixels in hexadecimal: the same picture has the same digest in every file format.
 
-    An image's id in an index is its first 16 digits.
+    Alpha counts where something shows through the picture; colours that nobody sees do not. An image's id in an index is the
+    first 16 digits.
     """
+    if pictures.is_transparent(image):
+        seen = Image.composite(image, Image.new("RGBA", image.size), image.getchannel("A").point([0, *[255] * 255]))
+        return hashlib.sha256(f"{image.width}x{image.height} RGBA;".encode() + seen.tobytes()).hexdigest()
     rgb = image.convert("RGB")
     return hashlib.sha256(f"{rgb.width}x{rgb.height};".encode() + rgb.tobytes()).hexdigest()
 

@@ -1,22 +1,15 @@
-"""Images in and out: any file to upright RGB, the one resize, arrays and pixels, search for files, PNG with settings."""
+"""Images in and out: any file to upright RGB or RGBA, the one rule of framing, arrays and pixels, search for files, PNG with settings."""
 
-from knn_diffusion.images.arrays import (
-    averages,
-    from_array,
-    over_ground,
-    pixels_from_uint8,
-    square,
-    to_array,
-    uint8_from_pixels,
-)
-from knn_diffusion.images.decode import MAX_PIXELS, open_image
+from knn_diffusion.images.arrays import from_array, over_ground, pixels_from_uint8, to_array, uint8_from_pixels
+from knn_diffusion.images.decode import MAX_PIXELS, OF_SEVERAL, is_transparent, open_image
 from knn_diffusion.images.find import ImageFile, SourceImage, find_files, find_images, is_container
-from knn_diffusion.images.framing import FRAMING, Colour, frame, is_transparent, on_ground, showing_ground
+from knn_diffusion.images.framing import FRAMING, Colour, averages, frame, on_ground, showing_ground, square
 from knn_diffusion.images.save import grid, parameters_text, read_settings, save_png
 
 __all__ = [
     "FRAMING",
     "MAX_PIXELS",
+    "OF_SEVERAL",
     "Colour",
     "ImageFile",
     "SourceImage",

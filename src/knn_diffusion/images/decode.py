@@ -1,10 +1,11 @@
-"""One image file, whatever its kind, to an upright RGB picture; or one line saying why not."""
+"""One image file, whatever its kind, to an upright RGB or RGBA picture; or one line saying why not."""
 
 from __future__ import annotations
 
 import io
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,10 @@ MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 512_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORMAT_WORDS = "PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF"
+OF_SEVERAL = "first_of_several"
+"""In a picture's `info`: True if its file has more of them, frames of an animation or pages."""
+NOISE = 8
+"""Levels of 255 that count as nothing: so little alpha is transparent, and so near to 255 it is opaque."""
 
 
 class _Quiet:
@@ -47,10 +52,10 @@ _QUIET = _Quiet()
 
 
 def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """The picture as a viewer shows it, in RGB: first frame, upright by its EXIF tag, on white where it is transparent.
+    """The picture as a viewer shows it, upright by its EXIF tag: RGBA when something shows through it, else RGB.
 
-    Grey levels of 16 bits become 8, and embedded colour profiles become sRGB. The kind of a file is decided by its
-    content, never by its name.
+    Of an animated or paged file it is the first picture, and `info["first_of_several"]` is True. Grey levels of 16 bits become
+    8, and embedded colour profiles become sRGB. The kind of a file is decided by its content, never by its name.
 
     Args: source: a path, the bytes of an image file, or a picture in any of Pillow's modes.
     Raises: ImageError when it is missing, unreadable, truncated, of another format, or larger than MAX_PIXELS.
@@ -59,13 +64,22 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return _guarded(source, name)
     try:
-        opened = open_checked(io.BytesIO(source) if isinstance(source, bytes) else _regular_file(Path(source), name))
+        if not isinstance(source, bytes):
+            _require_regular(Path(source), name)
+        opened = open_checked(_file_of(source))
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything at all on damaged files
         raise _refusal(name, error) from None
     with opened:
-        return _guarded(opened, name)
+        picture = _guarded(opened, name)
+    picture.info[OF_SEVERAL] = _has_several(source)
+    return picture
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """True if something shows through any pixel of the picture, by more than noise."""
+    return image.mode == "RGBA" and any(image.getchannel("A").histogram()[: 255 - NOISE])
 
 
 def one_line(name: object) -> str:
@@ -73,14 +87,24 @@ def one_line(name: object) -> str:
     return "".join(mark if mark.isprintable() else "?" for mark in str(name))
 
 
-def _regular_file(path: Path, name: str) -> Path:
+def _has_several(source: str | Path | bytes) -> bool:
+    """Asked of another opening, since a damaged second frame must not spoil the first."""
+    with suppress(Exception), _QUIET, open_checked(_file_of(source)) as opened:
+        return opened.format != "MPO" and bool(getattr(opened, "is_animated", False))
+    return False
+
+
+def _file_of(source: str | Path | bytes) -> Path | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+
+
+def _require_regular(path: Path, name: str) -> None:
     if not path.is_file():
         raise ImageError(
             f"expected an image file, {name} is {'no regular file' if path.exists() else 'missing'}: check the path"
         )
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ImageError(f"expected a file of at most {MAX_FILE_BYTES // 10**6} MB, {name} is larger: make it smaller")
-    return path
 
 
 def open_checked(file: Path | io.BytesIO) -> Image.Image:
@@ -99,7 +123,7 @@ def _guarded(image: Image.Image, name: str) -> Image.Image:
     try:
         with _QUIET:
             image.load()
-            return _to_rgb(_in_srgb(_upright(image)))
+            return _in_colour(_in_srgb(_upright(image)))
     except Exception as error:
         raise _refusal(name, error) from None
 
@@ -134,16 +158,14 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return made or image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _in_colour(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _levels_to_rgb(np.asarray(image) >> 8)
     if image.mode in ("I", "F"):
         return _levels_to_rgb(_scaled_levels(np.asarray(image)))
     if image.has_transparency_data:
         layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        paper = Image.new("RGB", layer.size, "white")
-        paper.paste(layer, mask=layer)
-        return paper
+        return layer if is_transparent(layer) else layer.convert("RGB")
     return image.convert("RGB")
 
 

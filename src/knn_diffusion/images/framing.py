@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from knn_diffusion.errors import ImageError, UsageError
-from knn_diffusion.images.arrays import square
-from knn_diffusion.images.decode import open_image
+from knn_diffusion.images.decode import NOISE, is_transparent, open_image
 
 FRAMING = "trim-15/16"
 """Name of the rule `frame` follows, kept with what was made by it; another rule gets another name."""
@@ -23,8 +23,8 @@ GREY: Colour = (128, 128, 128)
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom, the last two exclusive."""
 
-NOISE = 8
-"""Levels of 255 that count as nothing: so much alpha is transparent, so near to the ground is ground."""
+AVERAGED_SIDE = 128
+"""Larger pictures are reduced to at least this side before they are averaged."""
 SPECK = 1 / 8
 """Share of an opaque picture's longer side; anything smaller on a plain ground is a speck, not its subject."""
 OUTLINE_SIDE = 128
@@ -42,9 +42,8 @@ def frame(image: Image.Image, size: int) -> Image.Image:
 
     Raises: UsageError when size is below 1; ImageError when the picture is transparent everywhere.
     """
-    if size < 1:
-        raise UsageError(f"expected a size of at least 1 pixel, got {size}: choose the size of the model")
-    picture = image if image.mode in ("RGB", "RGBA") else open_image(image)
+    _require_size(size)
+    picture = _opened(image)
     if is_transparent(picture):
         box = _box(picture, "A", (0,))
         if box is None:
@@ -61,9 +60,20 @@ def frame(image: Image.Image, size: int) -> Image.Image:
     return _placed(picture, box, size, ground)
 
 
-def is_transparent(image: Image.Image) -> bool:
-    """True if any pixel lets a ground through, by more than noise."""
-    return image.mode == "RGBA" and any(image.getchannel("A").histogram()[: 255 - NOISE])
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The picture at `size` × `size` pixels for what reads RGB: its centred square, antialiased.
+
+    One with transparency is framed and composed on a ground that shows it. Whole-number reductions average blocks, all others
+    use Lanczos. Raises: as `frame`.
+    """
+    _require_size(size)
+    picture = _opened(image)
+    if is_transparent(picture):
+        return on_ground(frame(picture, size))
+    centre = _centre(picture)
+    if centre.width % size == 0:
+        return centre if centre.width == size else centre.reduce(centre.width // size)
+    return centre.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def on_ground(image: Image.Image, ground: Colour | None = None) -> Image.Image:
@@ -91,6 +101,40 @@ def showing_ground(image: Image.Image) -> Colour:
         outline = small[small[..., 3] > NOISE]
     contrast = (255 - outline[:, :3]).mean(1) * outline[:, 3] / 255
     return GREY if len(contrast) and (contrast < FAINT).mean() > 0.5 else WHITE
+
+
+def averages(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Mean levels of size × size equal areas of the picture's centred square, or of its frame on a ground that shows it.
+
+    To tell copies by: a resized picture has the same means up to rounding. (A filter with lobes, as in `square`, moves them
+    by 4 levels; block averages do it unless the side is a multiple of `size`.)
+    """
+    picture = _opened(image)
+    centre = square(picture, AVERAGED_SIDE) if is_transparent(picture) else _centre(picture)
+    centre = centre.reduce(max(1, centre.width // AVERAGED_SIDE))
+    levels, start = np.asarray(centre, np.float32), np.arange(centre.width)
+    edges = np.linspace(0, centre.width, size + 1)[:, None]
+    inside = np.clip(np.minimum(edges[1:], start + 1) - np.maximum(edges[:-1], start), 0, None)  # size side
+    weights = (inside / inside.sum(1, keepdims=True)).astype(np.float32)
+    rows = (weights @ levels.reshape(len(levels), -1)).reshape(size, -1, 3)  # size side 3
+    means = np.einsum("bt,atc->abc", weights, rows)
+    return np.rint(means).clip(0, 255).astype(np.uint8)
+
+
+def _opened(image: Image.Image) -> Image.Image:
+    return image if image.mode in ("RGB", "RGBA") else open_image(image)
+
+
+def _require_size(size: int) -> None:
+    if size < 1:
+        raise UsageError(f"expected a size of at least 1 pixel, got {size}: choose the size of the model")
+
+
+def _centre(picture: Image.Image) -> Image.Image:
+    """The centred square, in RGB; resize(box=...) would let the outside bleed in."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side)).convert("RGB")
 
 
 def _longer(box: Box) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from knn_diffusion.checkpoint import atomic_write_bytes
@@ -26,6 +27,9 @@ PARAMETERS = (
 LABEL_PIXELS = 12
 LABEL_LINES = 3
 GAP = 4
+CHECKS = (255, 225)
+CHECK_PIXELS = 8
+"""Levels and side of the squares that are seen through transparent pictures."""
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
@@ -69,7 +73,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def grid(images: Sequence[Image.Image], columns: int, cell: int, labels: Sequence[str] | None = None) -> Image.Image:
     """A white sheet of pictures, row by row, each fitted into `cell` × `cell` pixels, with its label under it.
 
-    Labels are wrapped into at most three lines. Raises: UsageError when there is nothing to show, or labels do not match.
+    Transparent pictures lie on a light checkerboard. Labels are wrapped into at most three lines. Raises: UsageError when there is nothing to show, or labels do not match.
     """
     if not images or columns < 1 or cell < 1:
         raise UsageError(
@@ -99,8 +103,16 @@ def _paste_fitted(sheet: Image.Image, image: Image.Image, left: int, top: int, c
     """Pixel-exact enlargement where the cell is a whole multiple, so that small pictures are judged as they are."""
     exact = image.width == image.height and cell % image.width == 0
     method = Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS
-    fitted = ImageOps.contain(image.convert("RGB"), (cell, cell), method)
+    fitted = ImageOps.contain(image if image.mode == "RGBA" else image.convert("RGB"), (cell, cell), method)
+    if fitted.mode == "RGBA":
+        fitted = Image.alpha_composite(_checkerboard(fitted.size), fitted)
     sheet.paste(fitted, (left + (cell - fitted.width) // 2, top + (cell - fitted.height) // 2))
+
+
+def _checkerboard(size: tuple[int, int]) -> Image.Image:
+    across, down = (np.arange(side) // CHECK_PIXELS for side in size)
+    levels = np.where((across[None] + down[:, None]) % 2 == 0, *CHECKS).astype(np.uint8)
+    return Image.fromarray(levels).convert("RGBA")
 
 
 def _wrapped(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:

@@ -59,7 +59,7 @@ class JointEncoder(Protocol):
         """Digest of weights and preprocessing, stored with every index and model made with it."""
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        """One unit row per image."""
+        """One unit row per image, in RGB, or in RGBA where something shows through it."""
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """One unit row per text. Raises: UsageError when a text is empty or too long."""
@@ -93,7 +93,7 @@ class SmallJointEncoder:
         return self
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        """One unit row per image, squared to the tower's input first."""
+        """One unit row per image, squared to the tower's input first; transparency lies on a ground that shows the picture."""
         size = self.network.config.size
         arrays = [pictures.to_array(pictures.square(image, size)) for image in images]
         return self.encode_arrays(np.stack(arrays) if arrays else np.empty((0, size, size, 3), np.uint8))

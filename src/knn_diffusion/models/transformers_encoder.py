@@ -24,6 +24,7 @@ from knn_diffusion.convert.legacy import read_tensors
 from knn_diffusion.convert.shards import read_shards, shard_names
 from knn_diffusion.errors import CheckpointError, MissingDependencyError, UsageError
 from knn_diffusion.hub import fetch
+from knn_diffusion.images import is_transparent, square
 from knn_diffusion.models.fixed_batches import in_fixed_batches
 from knn_diffusion.shapes import Embeddings
 
@@ -49,6 +50,8 @@ ENCODER_FILES = (
     WEIGHTS_FILE + INDEX,
 )
 """What is fetched of an encoder's repository, and the files that an index names; pickles only where there are no safetensors."""
+USUAL_SIZE = 224
+"""Side in pixels of a framed picture where the network reads pictures of any size."""
 DIGEST = "weights_sha256"
 """In the `config.json` of an encoder that was saved here: its fingerprint."""
 
@@ -68,6 +71,7 @@ class TransformersEncoder:
         self.image_processor, self.tokenizer, self.name = image_processor, tokenizer, name
         self.max_tokens = int(model.config.text_config.max_position_embeddings)
         self.is_siglip = str(model.config.model_type).startswith("siglip")
+        self.image_size = int(getattr(model.config.vision_config, "image_size", USUAL_SIZE))
         text = model.config.text_config
         self.dim = int(
             getattr(model.config, "projection_dim", None) or getattr(text, "projection_size", text.hidden_size)
@@ -80,7 +84,7 @@ class TransformersEncoder:
         return self
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        """One unit row per image."""
+        """One unit row per image; those with transparency are framed and lie on a ground that shows them."""
         if not images:
             return np.empty((0, self.dim), np.float32)
         prepared = [self._prepare(image) for image in images]
@@ -101,7 +105,8 @@ class TransformersEncoder:
         return torch.cat(rows).cpu().numpy() if rows else np.empty((0, self.dim), np.float32)
 
     def _prepare(self, image: Image.Image) -> dict[str, np.ndarray]:
-        made = self.image_processor(images=[image.convert("RGB")], return_tensors="np")
+        opaque = square(image, self.image_size) if is_transparent(image) else image.convert("RGB")
+        made = self.image_processor(images=[opaque], return_tensors="np")
         return {key: np.asarray(value) for key, value in made.items()}
 
     def _tokens(self, text: str, **settings: Any) -> Any:

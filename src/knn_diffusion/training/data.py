@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
+from PIL import Image
 from torch import Tensor
 
 from knn_diffusion import images
@@ -68,9 +70,32 @@ class PixelDataset:
 class PixelSet:
     """Decoded images, the content id of each, and a digest that names the whole set."""
 
-    array: UInt8[np.ndarray, "items height width 3"]
+    array: UInt8[np.ndarray, "items height width channels"]
     ids: list[str]
     digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Side and channels of decoded images."""
+
+    size: int
+    alpha: bool
+
+    def __str__(self) -> str:
+        """Part of the name of the folder they are kept in."""
+        return f"{self.size}-rgba-{images.FRAMING.replace('/', '-')}" if self.alpha else str(self.size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image."""
+        return self.size, self.size, 4 if self.alpha else 3
+
+    def array(self, picture: Image.Image) -> UInt8[np.ndarray, "height width channels"]:
+        """One image. Raises: ImageError when it is transparent everywhere."""
+        if self.alpha:
+            return images.to_array(images.frame(picture, self.size).convert("RGBA"))
+        return images.to_array(images.square(picture, self.size))
 
 
 def load_pixels(
@@ -79,8 +104,12 @@ def load_pixels(
     cache: Path,
     report: Progress | None = None,
     notice: Notice | None = None,
+    *,
+    alpha: bool = False,
 ) -> PixelSet:
     """Every readable image under `sources` as size × size pixels, decoded once and memory-mapped from `cache`.
+
+    In RGB as `images.square` makes them; with `alpha` in RGBA, framed by `images.frame`, opaque ones with an alpha of 255.
 
     They are decoded again when a file has another size or time than before, or when the cache is incomplete. Images that
     cannot be read are left out and listed with their reasons in `skipped.json` beside the array; `notice` is told how many.
@@ -91,14 +120,15 @@ def load_pixels(
     key = hashlib.sha256(
         "\n".join([str(size), *(f"{image.source}/{image.key}" for image in found)]).encode("utf-8", "backslashreplace")
     )
-    folder = cache / f"pixels-{size}-{key.hexdigest()[:12]}"
+    look = Look(size, alpha)
+    folder = cache / f"pixels-{look}-{key.hexdigest()[:12]}"
     stamps = hashlib.sha256("\n".join(_stamp(image.source) for image in found).encode()).hexdigest()
-    if not _is_decoded(folder, stamps, size):
-        _decode(found, size, folder, report, stamps)
+    if not _is_decoded(folder, stamps, look):
+        _decode(found, look, folder, report, stamps)
     facts = read_mapping(folder / "done.json")
     if notice is not None:
         _tell_skipped(folder / "skipped.json", len(facts["ids"]), notice)
-    array = np.memmap(folder / "pixels.u8", np.uint8, "r", shape=(len(facts["ids"]), size, size, 3))
+    array = np.memmap(folder / "pixels.u8", np.uint8, "r", shape=(len(facts["ids"]), *look.shape))
     return PixelSet(array, facts["ids"], facts["sha256"])
 
 
@@ -138,16 +168,18 @@ def _stamp(source: str) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _is_decoded(folder: Path, stamps: str, size: int) -> bool:
+def _is_decoded(folder: Path, stamps: str, look: Look) -> bool:
     """Whether the cache holds the pixels of the files as they are now, whole."""
     done, pixels = folder / "done.json", folder / "pixels.u8"
     if not done.is_file() or not pixels.is_file():
         return False
     facts = read_mapping(done)
-    return facts.get("stamps") == stamps and pixels.stat().st_size == len(facts["ids"]) * size * size * 3
+    return facts.get("stamps") == stamps and pixels.stat().st_size == len(facts["ids"]) * math.prod(look.shape)
 
 
-def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report: Progress | None, stamps: str) -> None:
+def _decode(
+    found: Sequence[images.SourceImage], look: Look, folder: Path, report: Progress | None, stamps: str
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done.json").unlink(missing_ok=True)
     skipped: list[dict[str, str]] = []
@@ -156,10 +188,11 @@ def _decode(found: Sequence[images.SourceImage], size: int, folder: Path, report
         for number, image in enumerate(found):
             try:
                 picture = image.load()
+                pixels = look.array(picture).tobytes()
             except ImageError as error:
                 skipped.append({"source": image.source, "key": image.key, "reason": str(error)})
             else:
-                file.write(images.to_array(images.square(picture, size)).tobytes())
+                file.write(pixels)
                 ids.append(content_digest(picture)[:16])
             if report is not None:
                 report("decoding images", number + 1, len(found))

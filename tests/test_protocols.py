@@ -92,7 +92,7 @@ class HalvingTokenizer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(image_size=SIZE)
+        self.config, self.alpha = SimpleNamespace(image_size=SIZE), False
         self.weight = nn.Parameter(torch.zeros(1))
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from knn_diffusion.image_index import TokenOutput, content_digest, tokenizing
 from knn_diffusion.image_index.tokenizing import REMOVED
 from knn_diffusion.images import find_files, find_images, pixels_from_uint8, square, to_array
 from knn_diffusion.models.encoders import SmallJointEncoder
+from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
 from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.retrieval.dedup import OFF
 from knn_diffusion.tokens import (
@@ -325,6 +326,18 @@ def test_tokens_are_those_of_the_tokenizer_whatever_comes_beside_them(tokenizer:
     np.testing.assert_array_equal(alone[:5], network.encode(pixels).numpy())
     assert alone.dtype == np.uint16
     assert tokenize([]).shape == (0, GRID**2)
+
+
+def test_tokens_of_a_transparent_sticker_do_not_depend_on_its_margins() -> None:
+    torch.manual_seed(0)
+    network = VQGAN(TokenizerConfig(image_size=32, grid=8, patch=4, channels=8, channel_multipliers=(1,), alpha=True))
+    sticker = Image.new("RGBA", (60, 60))
+    sticker.paste((200, 30, 90, 255), (0, 0, 60, 40))
+    margins = Image.new("RGBA", (300, 200), (9, 9, 9, 0))
+    margins.paste(sticker, (150, 20))
+    one, other = Tokenize(network)([sticker, margins])
+    np.testing.assert_array_equal(one, other)
+    assert len(set(one.tolist())) > 1
 
 
 # Beside an index

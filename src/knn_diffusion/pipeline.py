@@ -44,7 +44,7 @@ from knn_diffusion.diffusion.step import Step, reverse_step
 from knn_diffusion.errors import FingerprintError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.hub import check_hub_id, is_hub_id, send
 from knn_diffusion.image_index import ImageIndex
-from knn_diffusion.images import from_array, open_image, pixels_from_uint8, square, to_array, uint8_from_pixels
+from knn_diffusion.images import from_array, network_input, open_image, pixels_from_uint8, to_array, uint8_from_pixels
 from knn_diffusion.model_folder import MODEL_FILES, Model, load_model, replace_model_folder, save_model
 from knn_diffusion.models.text_states import text_states
 from knn_diffusion.randomness import generator_for
@@ -236,7 +236,7 @@ class KnnDiffusion:
         request = self._request(settings)
         if not 0 <= strength <= 1:
             raise UsageError(f"expected strength from 0 to 1, got {strength}: 0 leaves the image, 1 starts anew")
-        reference = square(open_image(image), self.image_size)
+        reference = from_array(network_input(open_image(image), self.image_size, alpha=self.tokenizer.alpha))
         condition, neighbors = self.retrieve(check_prompt(prompt), request)
         if not self.model.reads_text:
             condition = replace_first_neighbor(condition, self._embed_image(reference))

@@ -186,7 +186,8 @@ def reconstruct(pipe: Pipe, pictures: Pictures, batch_size: int = 16) -> Picture
     side = pipe.tokenizer.config.image_size
     rebuilt: Pictures = []
     for start in range(0, len(pictures), batch_size):
-        squares = [images.to_array(images.square(p, side)) for p in pictures[start : start + batch_size]]
+        some, alpha = pictures[start : start + batch_size], pipe.tokenizer.alpha
+        squares = [images.network_input(p, side, alpha=alpha) for p in some]
         pixels = images.pixels_from_uint8(np.stack(squares)).to(device)
         decoded = images.uint8_from_pixels(pipe.tokenizer.decode(pipe.tokenizer.encode(pixels)))
         rebuilt += [Image.fromarray(array) for array in decoded]

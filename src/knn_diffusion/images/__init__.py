@@ -1,6 +1,13 @@
 """Images in and out: any file to upright RGB or RGBA, the one rule of framing, arrays and pixels, search for files, PNG with settings."""
 
-from knn_diffusion.images.arrays import from_array, over_ground, pixels_from_uint8, to_array, uint8_from_pixels
+from knn_diffusion.images.arrays import (
+    from_array,
+    network_input,
+    over_ground,
+    pixels_from_uint8,
+    to_array,
+    uint8_from_pixels,
+)
 from knn_diffusion.images.decode import MAX_PIXELS, OF_SEVERAL, is_transparent, open_image
 from knn_diffusion.images.find import ImageFile, SourceImage, find_files, find_images, is_container
 from knn_diffusion.images.framing import FRAMING, Colour, averages, frame, on_ground, showing_ground, square
@@ -21,6 +28,7 @@ __all__ = [
     "grid",
     "is_container",
     "is_transparent",
+    "network_input",
     "on_ground",
     "open_image",
     "over_ground",

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from knn_diffusion.images.decode import open_image
+from knn_diffusion.images.framing import frame, square
 
 RGBA_CHANNELS = 4
 
@@ -16,6 +17,14 @@ RGBA_CHANNELS = 4
 def to_array(image: Image.Image) -> UInt8[np.ndarray, "height width channels"]:
     """Return the bytes of an image: 4 channels, RGBA, if something shows through it, else 3."""
     return np.array(image if image.mode in ("RGB", "RGBA") else open_image(image), dtype=np.uint8)
+
+
+def network_input(image: Image.Image, size: int, *, alpha: bool) -> UInt8[np.ndarray, "height width channels"]:
+    """Return the bytes a network reads of an image: RGBA of its frame with `alpha`, else RGB as `square` makes it.
+
+    Raises: UsageError when size is below 1; ImageError when the image is transparent everywhere.
+    """
+    return to_array(frame(image, size).convert("RGBA") if alpha else square(image, size))
 
 
 def from_array(array: UInt8[np.ndarray, "height width channels"]) -> Image.Image:

@@ -11,7 +11,7 @@ from jaxtyping import Integer
 from PIL import Image
 
 from knn_diffusion.checkpoint import weights_digest
-from knn_diffusion.images import pixels_from_uint8, square, to_array
+from knn_diffusion.images import network_input, pixels_from_uint8
 from knn_diffusion.models.tokenizer_protocol import Tokenizer
 from knn_diffusion.tokens.examples import Makers, token_type
 
@@ -37,11 +37,12 @@ class Tokenize:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> Integer[np.ndarray, "images seq"]:
-        """The codes of each picture's centred square, in the smallest integers that hold them."""
+        """Return the codes of each image, framed as the tokenizer reads it, in the smallest integers that hold them."""
         device = next(self.tokenizer.parameters()).device
         made = np.empty((len(images), self.tokenizer.grid**2), self.kind)
         for start in range(0, len(images), self.batch):
-            array = np.stack([to_array(square(image, self.size)) for image in images[start : start + self.batch]])
+            some, alpha = images[start : start + self.batch], self.tokenizer.alpha
+            array = np.stack([network_input(image, self.size, alpha=alpha) for image in some])
             filled = np.concatenate([array, np.repeat(array[-1:], self.batch - len(array), axis=0)])
             tokens = self.tokenizer.encode(pixels_from_uint8(filled).to(device))
             made[start : start + len(array)] = tokens[: len(array)].cpu().numpy()

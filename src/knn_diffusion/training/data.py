@@ -93,9 +93,7 @@ class Look:
 
     def array(self, picture: Image.Image) -> UInt8[np.ndarray, "height width channels"]:
         """One image. Raises: ImageError when it is transparent everywhere."""
-        if self.alpha:
-            return images.to_array(images.frame(picture, self.size).convert("RGBA"))
-        return images.to_array(images.square(picture, self.size))
+        return images.network_input(picture, self.size, alpha=self.alpha)
 
 
 def load_pixels(

@@ -223,7 +223,8 @@ def train_tokenizer(
     refuse_many("tokenizer", "codebook and discriminator look at whole batches")
     check_output(options.output, options.resume)
     cache = options.output / "cache"
-    found = load_pixels(sources, run.tokenizer.image_size, cache, options.report, options.notice)
+    size, alpha = run.tokenizer.image_size, run.tokenizer.alpha
+    found = load_pixels(sources, size, cache, options.report, options.notice, alpha=alpha)
     keep_pictures(options.output, found.digest, len(found.ids))
     pixels = found.array
     if len(pixels) < 2:

@@ -169,6 +169,25 @@ def test_a_run_can_start_from_a_trained_tokenizer_of_the_same_shape_only(tmp_pat
         objective(other).start_from(tmp_path / "tokenizer")
 
 
+def test_training_the_decoder_alone_changes_pixels_and_no_token(tmp_path: Path) -> None:
+    for number, array in enumerate(discs(40)):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        from_array(array).save(tmp_path / "images" / f"{number}.png")
+    first = objective()
+    first.export(first.network.half().float(), tmp_path / "first", {})
+    run = replace(RUN, decoder_only=True)
+    options = RunOptions(output=tmp_path / "run", device="cpu")
+    train_tokenizer(run, [tmp_path / "images"], options, init=tmp_path / "first")
+    before, _ = load_tokenizer(tmp_path / "first")
+    after, _ = load_tokenizer(tmp_path / "run" / "model")
+    real = pixels_from_uint8(discs(16))
+    tokens = before.encode(real)
+    assert torch.equal(after.encode(real), tokens)
+    assert (after.decode(tokens) - real).abs().mean() < (before.decode(tokens) - real).abs().mean()
+    with pytest.raises(UsageError, match=r"expected a tokenizer whose decoder is trained alone.*--init"):
+        train_tokenizer(run, [tmp_path / "images"], RunOptions(output=tmp_path / "other", device="cpu"))
+
+
 @pytest.mark.parametrize("name", PERCEPTIONS)
 def test_every_perception_is_zero_for_equal_images_and_alike_each_time(name: str) -> None:
     real = pixels_from_uint8(discs(4))

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from knn_diffusion.checkpoint import apply_weights, save_part
+from knn_diffusion.checkpoint import CONFIG_FILE, apply_weights, read_facts, save_part
 from knn_diffusion.config import config, require, to_dict
 from knn_diffusion.errors import UsageError
 from knn_diffusion.images import from_array, grid, over_ground, pixels_from_uint8, uint8_from_pixels
@@ -78,6 +78,8 @@ class TokenizerRun:
     tokenizer: TokenizerConfig
     training: TrainingConfig
     loss: TokenizerLossConfig = TokenizerLossConfig()
+    decoder_only: bool = False
+    """True to train the decoder alone, from `init`: tokens stay what they are, so that a trained denoiser stays valid."""
 
 
 class TokenizerObjective:
@@ -100,12 +102,13 @@ class TokenizerObjective:
         self.network: nn.Module = self.tokenizer
         parts = {"tokenizer": self.tokenizer, "discriminator": self.discriminator, "perceive": self.perceive}
         self.modules: nn.Module = nn.ModuleDict(parts).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.tokenizer.encoder.requires_grad_(not run.decoder_only)
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def phases(self) -> list[Phase]:
         """The generator, then the discriminator on what the generator just drew."""
         return [
-            Phase("tokenizer", list(self.tokenizer.parameters()), self.generator_loss),
+            Phase("tokenizer", [one for one in self.tokenizer.parameters() if one.requires_grad], self.generator_loss),
             Phase("discriminator", list(self.discriminator.parameters()), self.discriminator_loss),
         ]
 
@@ -116,13 +119,15 @@ class TokenizerObjective:
         they are seen, and alpha everywhere.
         """
         s, real = self.run.loss, batch["pixels"].contiguous(memory_format=torch.channels_last)
-        result = self.tokenizer(real, generator)
+        result = self.tokenizer(real, None if self.run.decoder_only else generator)
         redrawn = result.pixels.float()
         ground = 2 * rand(len(real), 3, 1, 1, generator=generator).to(real) - 1
         drawn, real_seen = over_ground(redrawn, ground), over_ground(real, ground)
         self._seen = real_seen, drawn.detach()
         pixel, perceptual = (drawn - real_seen).abs().mean(), self.perceive(drawn, real_seen)
-        loss = pixel + s.perceptual_weight * perceptual + s.commitment_weight * result.commitment
+        loss = pixel + s.perceptual_weight * perceptual
+        if not self.run.decoder_only:
+            loss = loss + s.commitment_weight * result.commitment
         parts = {"pixel": pixel, "perceptual": perceptual, "commitment": result.commitment}
         if self.run.tokenizer.alpha:
             parts["alpha"] = (redrawn[:, 3:] - real[:, 3:]).abs().mean()
@@ -216,12 +221,14 @@ def train_tokenizer(
 
     Args:
         backbone: folder of a pretrained backbone, for `loss.backbone_weight`.
-        init: bundled name or folder of a model whose tokenizer's weights start the run.
+        init: folder of a tokenizer, or bundled name or folder of a model with one, whose weights start the run.
 
     Raises: UsageError when there are fewer than two readable images, or a resumed run was begun with others; CheckpointError when `init` is of another shape.
     """
     refuse_many("tokenizer", "codebook and discriminator look at whole batches")
     check_output(options.output, options.resume)
+    if run.decoder_only and init is None:
+        raise UsageError("expected a tokenizer whose decoder is trained alone, got none: name its model (--init)")
     cache = options.output / "cache"
     size, alpha = run.tokenizer.image_size, run.tokenizer.alpha
     found = load_pixels(sources, size, cache, options.report, options.notice, alpha=alpha)
@@ -232,9 +239,14 @@ def train_tokenizer(
     cut = len(pixels) - min(512, max(1, len(pixels) // 50))
     objective = TokenizerObjective(run, pixels[cut:], _backbone(run, backbone))
     if init is not None:
-        objective.start_from(resolve_model(init) / "tokenizer")
+        objective.start_from(_tokenizer_in(init))
     dataset = PixelDataset(pixels[:cut], mirror=True)
     return train(objective, dataset, run.training, options)
+
+
+def _tokenizer_in(init: str | Path) -> Path:
+    facts = Path(init) / CONFIG_FILE
+    return Path(init) if facts.is_file() and "kind" in read_facts(facts) else resolve_model(init) / "tokenizer"
 
 
 def _backbone(run: TokenizerRun, folder: Path | None) -> EfficientNet | None:

@@ -39,7 +39,8 @@ from knn_diffusion.retrieval.segments import stored_rows
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 from knn_diffusion.tokens import CONTENT_BYTES, PART_IMAGES, Made, Makers, TokenFolder, UnitFacts
 from knn_diffusion.training.ahead import Ahead
-from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjective, DenoiserRun
+from knn_diffusion.training.conditioning import ConditioningConfig
+from knn_diffusion.training.denoiser import DenoiserObjective, DenoiserRun
 from knn_diffusion.training.neighbors import DenoiserData
 from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.processes import Processes, joined

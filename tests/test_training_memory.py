@@ -97,7 +97,7 @@ def test_the_state_is_counted_to_the_byte_but_for_the_counters(config: DenoiserC
     run = begin(objective, training_worker.settings(batch_size=4), tmp_path, CPU)
     take_step(run, own_rows(run, training_worker.Data.drawn(), 1))
     moments = [
-        value for one in run.optimizers["denoiser"].state.values() for name, value in one.items() if name != "step"
+        value for one in run.optimizers["denoiser"][0].state.values() for name, value in one.items() if name != "step"
     ]
     gradients = [parameter.grad for parameter in objective.modules.parameters()]
     held = [*objective.modules.state_dict().values(), *objective.network.state_dict().values(), *gradients, *moments]

@@ -34,8 +34,9 @@ from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
 from knn_diffusion.tokens import Makers
 from knn_diffusion.training import denoiser as training_denoiser
 from knn_diffusion.training import log, loop
+from knn_diffusion.training.conditioning import ConditioningConfig
 from knn_diffusion.training.data import Batch
-from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserObjective, DenoiserRun
+from knn_diffusion.training.denoiser import DenoiserObjective, DenoiserRun
 from knn_diffusion.training.neighbors import DenoiserData
 from knn_diffusion.training.objective import Validation
 from knn_diffusion.training.options import RunOptions

@@ -30,7 +30,7 @@ from knn_diffusion.model_folder import (
     resolve_model,
     write_pipeline_file,
 )
-from knn_diffusion.models.denoiser import traits_of
+from knn_diffusion.models.code_traits import traits_of
 from knn_diffusion.models.encoders import JointEncoder, load_encoder, save_encoder
 from knn_diffusion.models.text_states import load_null
 from knn_diffusion.models.tokenizers import load_tokenizer

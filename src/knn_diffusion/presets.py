@@ -11,7 +11,8 @@ from knn_diffusion.diffusion.process import Schedule
 from knn_diffusion.models.denoiser import PAPER, DenoiserConfig
 from knn_diffusion.models.tokenizer import PAPER as PAPER_TOKENIZER
 from knn_diffusion.models.tokenizer import TokenizerConfig
-from knn_diffusion.training.denoiser import ConditioningConfig, DenoiserRun
+from knn_diffusion.training.conditioning import ConditioningConfig
+from knn_diffusion.training.denoiser import DenoiserRun
 from knn_diffusion.training.encoder import EncoderRun, small_training
 from knn_diffusion.training.plan import TrainingConfig
 from knn_diffusion.training.tokenizer import TokenizerLossConfig, TokenizerRun

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from knn_diffusion.config import require
 from knn_diffusion.errors import UsageError
 from knn_diffusion.randomness import rand, randn
-from knn_diffusion.shapes import Condition
+from knn_diffusion.shapes import Condition, Tokens
 
 MAX_QUERY_WEIGHT = 3.0
 
@@ -19,18 +21,29 @@ def make_condition(
     query: Float[Tensor, "batch dim"],
     neighbors: Float[Tensor, "batch k dim"],
     present: Bool[Tensor, "batch k"] | None = None,
+    grids: Int[Tensor, "batch m seq"] | None = None,
+    grids_present: Bool[Tensor, "batch m"] | None = None,
 ) -> Condition:
     """Put the query before its K nearest neighbors: y of Eq. 4 (an image's own embedding) and Eq. 5 (a text's).
 
     Args:
         neighbors: nearest first; K may be 0.
         present: which neighbors were found; the others are masked out, since even a zero key would draw attention.
+        grids: tokens of the first m neighbors, where the denoiser reads them.
+        grids_present: which of them there are; all of them by default.
     """
+    if grids is not None and grids_present is None:
+        grids_present = torch.ones(grids.shape[:2], dtype=torch.bool, device=grids.device)
     if present is None:
         present = torch.ones(neighbors.shape[:2], dtype=torch.bool, device=neighbors.device)
     found = torch.where(present.unsqueeze(-1), neighbors, 0)
     own = torch.ones(len(query), 1, dtype=torch.bool, device=present.device)
-    return Condition(y=torch.cat([query.unsqueeze(1), found], dim=1), present=torch.cat([own, present], dim=1))
+    return Condition(
+        y=torch.cat([query.unsqueeze(1), found], dim=1),
+        present=torch.cat([own, present], dim=1),
+        grids=grids,
+        grids_present=grids_present,
+    )
 
 
 def weigh_query(
@@ -52,8 +65,12 @@ def weigh_query(
 
 
 def null_condition(condition: Condition) -> Condition:
-    """The null condition y' = 0 of Sec. 3.2, as large as `condition`: through bias-free cross-attention it adds nothing."""
-    return Condition(y=torch.zeros_like(condition.y), present=torch.ones_like(condition.present))
+    """The null condition y' = 0 of Sec. 3.2, as large as `condition`: through bias-free cross-attention it adds nothing.
+
+    It has no grids.
+    """
+    nothing = replace(condition, y=torch.zeros_like(condition.y), present=torch.ones_like(condition.present))
+    return _without_grids(nothing)
 
 
 def with_null(condition: Condition, null: Float[Tensor, "slots dim"] | None = None) -> Condition:
@@ -61,16 +78,15 @@ def with_null(condition: Condition, null: Float[Tensor, "slots dim"] | None = No
 
     Args: null: what stands for no condition where it is not y' = 0, as for denoisers of texts.
     """
-    rows = (
-        null_condition(condition)
-        if null is None
-        else Condition(y=null.expand_as(condition.y), present=condition.present)
-    )
-    return Condition(y=torch.cat([condition.y, rows.y]), present=torch.cat([condition.present, rows.present]))
+    if null is None:
+        return Condition.cat([condition, null_condition(condition)])
+    return Condition.cat([condition, _without_grids(replace(condition, y=null.expand_as(condition.y)))])
 
 
-def replace_first_neighbor(condition: Condition, embedding: Float[Tensor, "batch dim"]) -> Condition:
-    """Put a reference image's embedding in the first neighbor's place: editing, Sec. 4.4.
+def replace_first_neighbor(
+    condition: Condition, embedding: Float[Tensor, "batch dim"], tokens: Tokens | None = None
+) -> Condition:
+    """Put a reference image in the first neighbor's place: its embedding (editing, Sec. 4.4) and, where grids are read, its tokens.
 
     Raises: UsageError when the condition has no neighbors.
     """
@@ -79,7 +95,25 @@ def replace_first_neighbor(condition: Condition, embedding: Float[Tensor, "batch
     y, present = condition.y.clone(), condition.present.clone()
     y[:, 1] = embedding
     present[:, 1] = True
-    return Condition(y=y, present=present)
+    changed = replace(condition, y=y, present=present)
+    if tokens is None or condition.grids is None or condition.grids_present is None:
+        return changed
+    grids, grids_present = condition.grids.clone(), condition.grids_present.clone()
+    grids[:, 0] = tokens
+    grids_present[:, 0] = True
+    return replace(changed, grids=grids, grids_present=grids_present)
+
+
+def lead_with(condition: Condition, leader: int) -> Condition:
+    """Let the neighbor at this place, from 0, change places with the first: in y and among the grids."""
+    slots, grids = list(range(condition.y.shape[1])), condition.grids
+    slots[1], slots[1 + leader] = slots[1 + leader], slots[1]
+    led = replace(condition, y=condition.y[:, slots], present=condition.present[:, slots])
+    if grids is None or condition.grids_present is None:
+        return led
+    order = list(range(grids.shape[1]))
+    order[0], order[leader] = order[leader], order[0]
+    return replace(led, grids=grids[:, order], grids_present=condition.grids_present[:, order])
 
 
 def lafite_noise(
@@ -102,11 +136,14 @@ def drop_condition(condition: Condition, probability: float, generator: torch.Ge
     """
     dropped = _chosen(condition, probability, generator)
     y = torch.where(dropped[:, None, None], 0, condition.y)
-    return Condition(y=y, present=condition.present | dropped[:, None])
+    left = replace(condition, y=y, present=condition.present | dropped[:, None])
+    return _without_grids(left, dropped)
 
 
 def drop_query(condition: Condition, probability: float, generator: torch.Generator) -> Condition:
     """Hide the query of a random part of the images, which leaves their neighbors alone; without any, the null condition.
+
+    Grids stay.
 
     Differs from the paper: there the query is always shown. Training without it now and then keeps the denoiser from leaning
     on an image's own embedding, which no text can give.
@@ -116,7 +153,15 @@ def drop_query(condition: Condition, probability: float, generator: torch.Genera
     y[dropped, 0] = 0
     present[dropped, 0] = False
     alone = ~present.any(dim=1, keepdim=True)
-    return Condition(y=y, present=present | alone)
+    return replace(condition, y=y, present=present | alone)
+
+
+def _without_grids(condition: Condition, rows: Bool[Tensor, "batch"] | None = None) -> Condition:
+    """The condition with no grid present, in these rows or in all."""
+    if condition.grids_present is None:
+        return condition
+    left = torch.zeros_like(condition.grids_present) if rows is None else condition.grids_present & ~rows[:, None]
+    return replace(condition, grids_present=left)
 
 
 def _chosen(condition: Condition, probability: float, generator: torch.Generator) -> Bool[Tensor, "batch"]:

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-ABSENT = -3e4
-"""Score of an absent slot: softmax makes it 0, and float16 and bfloat16 hold it, unlike float32's minimum."""
+from knn_diffusion.models.attention import ABSENT
+from knn_diffusion.models.neighbor_grids import Grids
 
 KEYS_PER_VALUE = 4
 """A slot's map has one channel to be compared by for so many to be read."""
@@ -43,16 +43,19 @@ class PreparedCondition:
     offsets: Float[Tensor, "depth batch 1 pairs"]
     values: Float[Tensor, "depth batch pairs width"]
     maps: Maps | None = None
+    grids: Grids | None = None
 
     @staticmethod
     def cat(parts: Sequence[PreparedCondition]) -> PreparedCondition:
         """The rows of all parts as one batch, for instance the conditional and then the null half of guidance."""
         maps = [part.maps for part in parts if part.maps is not None]
+        grids = [part.grids for part in parts if part.grids is not None]
         return PreparedCondition(
             keys=torch.cat([part.keys for part in parts], dim=1),
             offsets=torch.cat([part.offsets for part in parts], dim=1),
             values=torch.cat([part.values for part in parts], dim=1),
             maps=Maps(*(torch.cat(same) for same in zip(*maps, strict=True))) if maps else None,
+            grids=Grids(*(torch.cat(same) for same in zip(*grids, strict=True))) if grids else None,
         )
 
     def select(self, rows: slice | Sequence[int] | Tensor) -> PreparedCondition:
@@ -63,6 +66,7 @@ class PreparedCondition:
             offsets=self.offsets[:, picked],
             values=self.values[:, picked],
             maps=None if self.maps is None else Maps(*(part[picked] for part in self.maps)),
+            grids=None if self.grids is None else Grids(*(part[picked] for part in self.grids)),
         )
 
 

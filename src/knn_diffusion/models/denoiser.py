@@ -5,7 +5,9 @@
                                        LayerNorm → MLP ] ─▶ LayerNorm ─▶ logits over the vocabulary
 
 With `map_width` each slot of y is also laid out over the places, and before the first and the middle block a place reads
-its own cell of these maps. The paper has no such maps; what they are for stands at `SlotMaps`.
+its own cell of these maps. With `local_width` layers over single tokens stand around the transformer, and with
+`grid_neighbors` it reads the first neighbors' tokens too. The paper has none of these; what they are for stands at
+`SlotMaps`, `LocalLayers` and `GridAttention`.
 
 Axis words beyond the legend of `shapes`: `depth` blocks; `places` positions of the transformer, (grid / patch_size)²;
 `pairs` (head, slot), slots fastest; `step_width` the hidden size of the step's embedding.
@@ -26,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from knn_diffusion.config import config, require
 from knn_diffusion.errors import FingerprintError, UsageError
+from knn_diffusion.models.attention import attend
+from knn_diffusion.models.code_traits import CodeTraits
 from knn_diffusion.models.cross_attention import (
     KEYS_PER_VALUE,
     CrossAttention,
@@ -33,11 +37,10 @@ from knn_diffusion.models.cross_attention import (
     PreparedCondition,
     SlotMaps,
 )
+from knn_diffusion.models.local_layers import LocalLayers, in_arithmetic
+from knn_diffusion.models.neighbor_grids import GridAttention, GridReader, Grids
 from knn_diffusion.models.step_norm import StepEmbedding, StepTable, adaptive_norm
 from knn_diffusion.shapes import Condition, Logits, Steps, Tokens
-
-FEW_PLACES = 256
-"""Up to so many places attention by plain products is faster on a CPU than the fused kernel."""
 
 
 @config
@@ -55,6 +58,10 @@ class DenoiserConfig:
     query_dim             how many of the query's coordinates are read, the first ones: those that a text can fill; 0 for all
     code_dim              width of the tokenizer's codes, when the denoiser is to know them (see `CodeTraits`); 0 is the paper's
     map_width             channels of the map that each slot of y is laid out to, a multiple of 4 · heads; 0 is the paper's
+    local_width           channels of a single token in layers around the transformer (see `LocalLayers`); 0 is the paper's
+    local_blocks          blocks of such layers after the transformer, at least 1 with local_width
+    grid_neighbors        of how many neighbors, the first ones, the tokens are read too (see `GridAttention`); 0 is the paper's
+    grid_layers           before how many of the blocks, spread evenly; at least 1 with grid_neighbors
     cross_attention_bias  biases as in VQ-Diffusion; then the null condition no longer removes cross-attention
     step_table            every norm learns its scale and shift for each step by itself, as in VQ-Diffusion; `step_width` says nothing
     sigmoid_gelu          the MLP's GELU is x · σ(1.702 x), as in VQ-Diffusion
@@ -74,6 +81,10 @@ class DenoiserConfig:
     query_dim: int = 0
     code_dim: int = 0
     map_width: int = 0
+    local_width: int = 0
+    local_blocks: int = 0
+    grid_neighbors: int = 0
+    grid_layers: int = 0
     cross_attention_bias: bool = False
     step_table: bool = False
     sigmoid_gelu: bool = False
@@ -82,17 +93,26 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("map_width", "code_dim", "query_dim") else 1
+            least = 0 if field.default == 0 else 1
             require(isinstance(value, bool) or value >= least, field.name, value, f"at least {least}")
         require(self.width % self.heads == 0, "heads", self.heads, f"a divisor of width {self.width}")
         require(self.grid % self.patch_size == 0, "patch_size", self.patch_size, f"a divisor of grid {self.grid}")
-        require(self.width % self.patch_size == 0, "patch_size", self.patch_size, f"a divisor of width {self.width}")
+        whole = self.width % self.patch_size == 0 or self.local_width > 0
+        require(whole, "patch_size", self.patch_size, f"a divisor of width {self.width}")
         most = self.condition_dim
         require(self.query_dim <= most, "query_dim", self.query_dim, f"at most condition_dim {most}")
         reads_all = not (self.plain_slots and self.query_dim)
         require(reads_all, "query_dim", self.query_dim, "0 with plain_slots, which know no query")
         fits = self.map_width % (KEYS_PER_VALUE * self.heads) == 0
         require(fits, "map_width", self.map_width, f"a multiple of {KEYS_PER_VALUE * self.heads}")
+        local, grids = self.local_width, self.grid_neighbors
+        require(
+            (local > 0) == (self.local_blocks > 0), "local_blocks", self.local_blocks, "above 0 with local_width only"
+        )
+        require(local > 0 or not grids, "grid_neighbors", grids, "0 without local_width, whose layers read them")
+        most = self.depth if grids else 0
+        fits = min(1, grids) <= self.grid_layers <= most
+        require(fits, "grid_layers", self.grid_layers, f"from {min(1, grids)} to {most} with grid_neighbors {grids}")
         require(self.step_width >= 2 and self.step_width % 2 == 0, "step_width", self.step_width, "even and at least 2")
 
     @property
@@ -104,6 +124,11 @@ class DenoiserConfig:
     def places(self) -> int:
         """Positions of the transformer."""
         return (self.grid // self.patch_size) ** 2
+
+    @property
+    def token_width(self) -> int:
+        """Channels of a token before it is merged to a place."""
+        return self.local_width or self.width // self.patch_size
 
     @property
     def mask_id(self) -> int:
@@ -130,62 +155,6 @@ class SelfAttention(nn.Module):
         """Mix the places."""
         q, k, v = rearrange(self.query_key_value(h), "b s (three n c) -> three b n s c", three=3, n=self.heads)
         return self.output(rearrange(attend(q, k, v), "b n s c -> b s (n c)"))
-
-
-def attend(
-    q: Float[Tensor, "batch heads places channels"],
-    k: Float[Tensor, "batch heads places channels"],
-    v: Float[Tensor, "batch heads places channels"],
-) -> Float[Tensor, "batch heads places channels"]:
-    """Softmax attention by torch's fused kernel, or by plain products where those are faster.
-
-    On a CPU in bfloat16 the fused kernel takes 1.9 ms where two products and a softmax take 1.1 (2 × 4 heads, 256
-    places); backwards it is slower still. The table of weights that it avoids is small for a few hundred places.
-    """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= FEW_PLACES:
-        weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1)
-        return torch.matmul(weights, v)
-    return functional.scaled_dot_product_attention(q, k, v)
-
-
-class CodeTraits(nn.Module):
-    """What is known of each code before training: its coordinates in the tokenizer's codebook, and their squares.
-
-    Logits that are linear in both are those of a normal distribution over latents, coordinate by coordinate: "a light red,
-    sure of it, of unknown texture". Rows of the token table and of the head are traits times a learned matrix, plus weights
-    of their own; so codes that look alike start alike, and what is learned of one holds for its like. VQ-Diffusion learns
-    every code from nothing.
-
-    Differs from the paper, whose transformer learns the codes by their numbers alone.
-    """
-
-    def __init__(self, config: DenoiserConfig) -> None:
-        super().__init__()
-        traits = 2 * config.code_dim
-        self.register_buffer("traits", torch.zeros(config.vocab_size, traits))
-        self.traits: Tensor
-        self.table = nn.Linear(traits, config.width // config.patch_size, bias=False)
-        self.head = nn.Linear(config.width, config.patch_size**2 * traits, bias=False)
-
-    def take(self, codes: Float[Tensor, "vocab code_dim"]) -> None:
-        """Read the traits off a codebook."""
-        self.traits.copy_(traits_of(codes))
-
-    def table_rows(self) -> Float[Tensor, "codes row"]:
-        """To be added to the token table; [MASK] has no traits."""
-        return functional.pad(self.table(self.traits), (0, 0, 0, 1))
-
-    def head_rows(self) -> Float[Tensor, "logits width"]:
-        """To be added to the weight of the head."""
-        per_token = rearrange(self.head.weight, "(q t) w -> q t w", t=self.traits.shape[1])
-        return torch.matmul(self.traits, per_token).flatten(0, 1)
-
-
-def traits_of(codes: Float[Tensor, "vocab code_dim"]) -> Float[Tensor, "vocab traits"]:
-    """Each coordinate of a codebook, then each squared, all brought to mean 0 and deviation 1."""
-    centered = codes - codes.mean(0)
-    traits = torch.cat([centered, centered.square()], dim=1)
-    return (traits - traits.mean(0)) / traits.std(0).clamp_min(1e-6)
 
 
 class Block(nn.Module):
@@ -240,8 +209,9 @@ class Denoiser(nn.Module):
         self.activation_checkpointing = False
         """Whether training keeps of each block its input only and computes the rest again: less memory, a third more time."""
         p, side = config.patch_size, config.grid // config.patch_size
-        self.token_table = nn.Embedding(config.vocab_size + 1, config.width // p)
-        self.merge = nn.Identity() if p == 1 else nn.Linear(p * config.width, config.width)
+        self.token_table = nn.Embedding(config.vocab_size + 1, config.token_width)
+        merged = p * p * config.token_width
+        self.merge = nn.Identity() if p == 1 and not config.local_width else nn.Linear(merged, config.width)
         self.row_table = nn.Parameter(torch.empty(side, 1, config.width))
         self.column_table = nn.Parameter(torch.empty(side, config.width))
         self.step_embedding, self.modulation = self._step_layers(config)
@@ -257,9 +227,28 @@ class Denoiser(nn.Module):
             }
         )
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
-        self.head_norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, p * p * config.vocab_size)
-        self.code_traits = CodeTraits(config) if config.code_dim else None
+        read, at_once = (config.local_width, 1) if config.local_width else (config.width, p * p)
+        self.head_norm = nn.LayerNorm(read)
+        self.head = nn.Linear(read, at_once * config.vocab_size)
+        self.code_traits: CodeTraits | None = None
+        if config.code_dim:
+            self.code_traits = CodeTraits(
+                config.vocab_size, config.code_dim, table_width=config.token_width, head_width=read, at_once=at_once
+            )
+        self.local: LocalLayers | None = None
+        if config.local_width:
+            self.local = LocalLayers(
+                config.width, p, config.local_width, config.local_blocks, leader=config.grid_neighbors > 0
+            )
+        self.grid_reader: GridReader | None = None
+        if config.grid_neighbors:
+            self.grid_reader = GridReader(config.width, config.heads, side, config.grid_neighbors)
+        self.grid_attention = nn.ModuleDict(
+            {
+                str(number * config.depth // config.grid_layers): GridAttention(config.width, config.heads, side)
+                for number in range(config.grid_layers)
+            }
+        )
         self.initialize_weights()
 
     @staticmethod
@@ -295,8 +284,14 @@ class Denoiser(nn.Module):
             if isinstance(last, nn.Linear):
                 nn.init.normal_(last.weight, std=0.1 * last.in_features**-0.5)
         if self.code_traits is not None:
-            traits = self.code_traits.traits.shape[1]
-            nn.init.normal_(self.code_traits.head.weight, std=0.1 * (traits * self.config.width) ** -0.5)
+            traits, read = self.code_traits.traits.shape[1], self.head.in_features
+            nn.init.normal_(self.code_traits.head.weight, std=0.1 * (traits * read) ** -0.5)
+        if self.local is not None:
+            self.local.initialize_weights()
+        if self.grid_reader is not None:
+            self.grid_reader.initialize_weights()
+        for reader in self.grid_attention.values():
+            cast(GridAttention, reader).initialize_weights(len(self.grid_attention))
 
     @property
     def _blocks(self) -> list[Block]:
@@ -311,14 +306,22 @@ class Denoiser(nn.Module):
         return [[block.self_attention, block.mlp_norm, block.mlp_in, block.mlp_out] for block in self._blocks]
 
     @property
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Weight matrices from hidden layer to hidden layer, in a fixed order: neither tables nor the head."""
+        layers = [self.blocks, self.grid_attention, self.map_attention, self.local, self.grid_reader]
+        modules = [module for layer in layers if layer is not None for module in layer.modules()]
+        return [cast(nn.Parameter, module.weight) for module in modules if isinstance(module, nn.Linear)]
+
+    @property
     def parameter_count(self) -> int:
         """Number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def prepare(self, condition: Condition) -> PreparedCondition:
-        """What the places read of y: cross-attention's keys and values in every block, and the maps; the same at every step.
+        """What the places read of y: cross-attention's keys and values in every block, maps and grids; the same at every step.
 
-        Raises: FingerprintError when y has another width than the denoiser was built for.
+        Raises: FingerprintError when y has another width than the denoiser was built for; UsageError for more grids than it reads,
+            or grids of another size.
         """
         expected, got = self.config.condition_dim, condition.y.shape[-1]
         if got != expected:
@@ -334,7 +337,28 @@ class Denoiser(nn.Module):
         layers = [block.cross_attention.prepare(y, condition.present) for block in self._blocks]
         keys, offsets, values = (torch.stack(parts) for parts in zip(*layers, strict=True))
         maps = None if self.slot_maps is None else self.slot_maps(y, condition.present)
-        return PreparedCondition(keys=keys, offsets=offsets, values=values, maps=maps)
+        return PreparedCondition(
+            keys=keys, offsets=offsets, values=values, maps=maps, grids=self._read_grids(condition)
+        )
+
+    def _read_grids(self, condition: Condition) -> Grids | None:
+        """What the layers read of the neighbors' grids; as much for all conditions, so that they can stand in one batch."""
+        if self.grid_reader is None:
+            return None
+        most, seq, batch = self.config.grid_neighbors, self.config.seq, len(condition.y)
+        grids = torch.zeros(batch, most, seq, dtype=torch.long, device=condition.y.device)
+        present = torch.zeros(batch, most, dtype=torch.bool, device=condition.y.device)
+        if condition.grids is not None and condition.grids_present is not None:
+            m, length = condition.grids.shape[1:]
+            if m > most or length != seq:
+                raise UsageError(
+                    f"the denoiser reads {most} grids of {seq} tokens at most, got {m} of {length}: leave out the others, and "
+                    "use the tokenizer it was trained with"
+                )
+            grids[:, :m], present[:, :m] = condition.grids, condition.grids_present
+        tokens = self._features(grids.flatten(0, 1))  # (batch m) seq local_width
+        places = self._merged(tokens).unflatten(0, (batch, most))  # batch m places width
+        return cast(Grids, self.grid_reader(places, tokens.unflatten(0, (batch, most)), present))
 
     def _readable(self, query: Float[Tensor, "batch 1 dim"]) -> Float[Tensor, "batch 1 dim"]:
         """The query with the coordinates that no text can fill set to zero, at unit length again; a zero query stays zero.
@@ -370,15 +394,21 @@ class Denoiser(nn.Module):
                 f"got {x_n.shape[1]} in a row: use the tokenizer it was trained with"
             )
         prepared = condition if isinstance(condition, PreparedCondition) else self.prepare(condition)
-        h = self.embed(x_n)  # batch places width
+        tokens = self._features(x_n)  # batch seq token_width
+        h = self._placed(tokens)  # batch places width
         layers = zip(self.modulate(step), prepared.keys, prepared.offsets, prepared.values, strict=True)
         for number, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
             if prepared.maps is not None and str(number) in self.map_attention:
                 h = h + self.map_attention[str(number)](h, prepared.maps)
+            if prepared.grids is not None and str(number) in self.grid_attention:
+                h = h + self.grid_attention[str(number)](h, prepared.grids)
             h = self._through(block, h, *layer)  # batch places width
+        if self.local is not None:
+            leader = None if prepared.grids is None else prepared.grids.leader
+            h = self.local(self.unmerge(self.local.unmerge(self.local.place_norm(h))), tokens, leader)
         rows = self.head.weight if self.code_traits is None else self.head.weight + self.code_traits.head_rows()
         logits = functional.linear(self.head_norm(h), rows, self.head.bias)  # batch places (patch vocab)
-        return self.unmerge(logits).float()  # batch seq vocab
+        return (logits if self.local is not None else self.unmerge(logits)).float()  # batch seq vocab
 
     def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
@@ -387,18 +417,28 @@ class Denoiser(nn.Module):
 
     def embed(self, x_n: Tokens) -> Float[Tensor, "batch places width"]:
         """Embeddings of the tokens, p × p of them merged, plus where they stand."""
-        p, side = self.config.patch_size, self.config.grid // self.config.patch_size
+        return self._placed(self._features(x_n))
+
+    def _placed(self, tokens: Float[Tensor, "batch seq token_width"]) -> Float[Tensor, "batch places width"]:
+        return self._merged(tokens) + (self.row_table + self.column_table).flatten(0, 1)
+
+    def _features(self, tokens: Tokens) -> Float[Tensor, "batch seq token_width"]:
+        """Embeddings of the tokens, with `local_width` of their surroundings too."""
         rows = self.token_table.weight
         if self.code_traits is not None:
             rows = rows + self.code_traits.table_rows()
-        h = functional.embedding(x_n, rows)  # batch seq width/p
-        if p > 1:
-            h = rearrange(h, "b (i p j q) w -> b (i j) (p q w)", i=side, j=side, p=p, q=p)  # batch places p·width
-        return self.merge(h) + (self.row_table + self.column_table).flatten(0, 1)  # batch places width
+        h = functional.embedding(tokens, rows)
+        return h if self.local is None else cast(Tensor, self.local.into(in_arithmetic(h)))
 
-    def unmerge(self, logits: Float[Tensor, "batch places patch_vocab"]) -> Logits:
-        """Logits of each token of each place, in grid order."""
+    def _merged(self, tokens: Float[Tensor, "batch seq token_width"]) -> Float[Tensor, "batch places width"]:
+        p, side = self.config.patch_size, self.config.grid // self.config.patch_size
+        if p > 1:
+            tokens = rearrange(tokens, "b (i p j q) w -> b (i j) (p q w)", i=side, j=side, p=p, q=p)
+        return cast(Tensor, self.merge(tokens))
+
+    def unmerge(self, values: Float[Tensor, "batch places patch_values"]) -> Float[Tensor, "batch seq values"]:
+        """What belongs to each token of each place, in grid order."""
         p, side = self.config.patch_size, self.config.grid // self.config.patch_size
         if p == 1:
-            return logits
-        return rearrange(logits, "b (i j) (p q v) -> b (i p j q) v", i=side, j=side, p=p, q=p)
+            return values
+        return rearrange(values, "b (i j) (p q v) -> b (i p j q) v", i=side, j=side, p=p, q=p)

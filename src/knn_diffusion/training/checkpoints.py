@@ -185,7 +185,7 @@ def _changes(stored: Settings, asked: Settings, place: Path) -> list[str]:
     for name in [*now, *(name for name in before if name not in now)]:
         loop, _, setting = name.partition(".")
         may_change = loop == "training" and setting in _MAY_CHANGE
-        newer = name not in before and now[name] in (False, 0)  # an option that came later, and is off
+        newer = name not in before and now[name] in (False, 0, "adamw")  # an option that came later, and is off
         if newer or before.get(name) == now.get(name):
             continue
         if not may_change:

@@ -40,6 +40,7 @@ from knn_diffusion.models.tokenizers import load_tokenizer
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.shapes import Condition
 from knn_diffusion.training.activations import Activations, denoiser_activations
+from knn_diffusion.training.conditioning import ConditioningConfig
 from knn_diffusion.training.data import Batch
 from knn_diffusion.training.loop import TrainingResult, check_output, train
 from knn_diffusion.training.neighbors import DenoiserData, prepare
@@ -50,27 +51,6 @@ from knn_diffusion.training.processes import joined
 from knn_diffusion.training.tokens import examples_of, frozen_for_all
 
 PREVIEWS = 8
-
-
-@config
-class ConditioningConfig:
-    """What training does to y before the denoiser sees it.
-
-    k                  neighbors of each image, at least 0; 0 trains the baselines without retrieval (Sec. 4.4, Table 3)
-    condition_dropout  share of images that get the null condition, which trains guidance's other half; the paper's is 0
-    query_dropout      share of images whose own embedding is hidden, so that neighbors alone must do; the paper's is 0
-    query_noise        share of a random direction in the image's own embedding, as LAFITE does with 0.75; the paper's is 0
-    """
-
-    k: int = 10
-    condition_dropout: float = 0.1
-    query_dropout: float = 0.0
-    query_noise: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(self.k >= 0, "k", self.k, "at least 0")
-        for name in ("condition_dropout", "query_dropout", "query_noise"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
 
 
 @config
@@ -99,6 +79,8 @@ class DenoiserRun:
             self.schedule.vocab_size,
             f"denoiser.vocab_size, {codes}",
         )
+        read = self.denoiser.grid_neighbors
+        require(self.conditioning.k >= read, "conditioning.k", self.conditioning.k, f"at least grid_neighbors, {read}")
 
 
 class DenoiserObjective:
@@ -125,7 +107,8 @@ class DenoiserObjective:
 
     def phases(self) -> list[Phase]:
         """One: lines 3-16 of Algorithm 1."""
-        return [Phase("denoiser", list(self.denoiser.parameters()), self.loss, remember=self.remember)]
+        every, matrices = list(self.denoiser.parameters()), self.denoiser.hidden_matrices
+        return [Phase("denoiser", every, self.loss, matrices=matrices, remember=self.remember)]
 
     def shards(self, network: nn.Module) -> list[list[nn.Module]]:
         """The groups that the denoiser names."""
@@ -170,7 +153,7 @@ class DenoiserObjective:
         query = batch["query"]
         if settings.query_noise > 0:
             query = lafite_noise(query, settings.query_noise, generator)
-        y = make_condition(query, batch["neighbors"], batch["present"])
+        y = condition_of(batch, query)
         y = drop_query(y, settings.query_dropout, generator)
         return drop_condition(y, settings.condition_dropout, generator)
 
@@ -181,11 +164,11 @@ class DenoiserObjective:
         losses = []
         for part in items.split(self.run.training.batch_size):
             batch = {name: value.to(device) for name, value in self.validation.batch(part, torch.Generator()).items()}
-            y = make_condition(batch["query"], batch["neighbors"], batch["present"])
+            y = condition_of(batch, batch["query"])
             n = torch.randint(1, self.run.schedule.num_steps + 1, (len(part),), generator=generator, device=device)
             x_n = q_sample(self.run.schedule, batch["tokens"], n, generator)
             for few in torch.arange(len(part), device=device).split(self.run.training.micro_batch_size or len(part)):
-                y_few = Condition(y=y.y[few], present=y.present[few])
+                y_few = y.select(few)
                 parts = diffusion_loss(
                     self.run.schedule,
                     network(x_n[few], n[few], y_few),
@@ -204,12 +187,14 @@ class DenoiserObjective:
         count = min(PREVIEWS, len(self.validation))
         batch = self.validation.batch(torch.arange(count), torch.Generator())
         batch = {name: value.to(device) for name, value in batch.items()}
-        y = drop_query(make_condition(batch["query"], batch["neighbors"], batch["present"]), 1.0, torch.Generator())
+        y = drop_query(condition_of(batch, batch["query"]), 1.0, torch.Generator())
+        assert isinstance(network, Denoiser)
+        both = network.prepare(with_null(y))
         tokens = sample(
             network,
             self.run.schedule,
-            y,
-            with_null(y),
+            both.select(slice(0, count)),
+            both,
             config=SamplerConfig(num_steps=min(16, self.run.schedule.num_steps), guidance_scale=2.0),
             grid=self.run.denoiser.grid,
             generators=[generator_for("preview", number) for number in range(count)],
@@ -261,6 +246,11 @@ class DenoiserObjective:
         )
 
 
+def condition_of(batch: Batch, query: Tensor) -> Condition:
+    """y of Eq. 4 for a batch of `DenoiserData`."""
+    return make_condition(query, batch["neighbors"], batch["present"], batch.get("grids"), batch.get("grids_present"))
+
+
 def train_denoiser(
     run: DenoiserRun,
     sources: Sequence[str | Path],
@@ -302,7 +292,8 @@ def train_denoiser(
             examples = examples_of(sources, index, parts, tokens, processes, told)
             frozen = frozen_for_all(index, processes, told)
         with processes.first_goes_first(), full_told():
-            data = prepare(examples, frozen, run.conditioning.k, cache, told)
+            settings, grid_m = run.conditioning, run.denoiser.grid_neighbors
+            data = prepare(examples, frozen, settings.k, cache, told, shown=settings, grid_m=grid_m)
             training, validation = data.split(validation_count(len(data)))
             objective = DenoiserObjective(run, validation, parts, index.encoder.fingerprint)
             if processes.first:

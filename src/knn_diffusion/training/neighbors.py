@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -13,13 +13,22 @@ from torch import Tensor
 
 from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index import FrozenIndex
+from knn_diffusion.randomness import rand
 from knn_diffusion.retrieval.neighbors import EVERY_PAIR
 from knn_diffusion.tokens import Examples
+from knn_diffusion.training.conditioning import (
+    ABSENT,
+    ConditioningConfig,
+    leaders,
+    left_in,
+    most_alike,
+    moved,
+    swapped,
+)
 from knn_diffusion.training.data import Batch, cached_array, facts_key
 from knn_diffusion.training.options import RunOptions
 
 CHUNK, ROWS_AT_ONCE = 256, 1_000_000
-ABSENT = -1
 FEW = 100
 """Where fewer than one in so many of a large index are asked for, comparing each with all is cheaper than making all lists."""
 MANY_PAIRS = 10**10
@@ -44,41 +53,94 @@ class DenoiserData:
     items       [items] which of the examples these are; no image twice
     neighbors   [items, k] places in `table`, nearest first, -1 where there are fewer; never the image itself
     table       [rows, dim] embeddings of the index
+    shown       what is done to the neighbors before they are shown; None shows them all as they are
+    grid_m      of how many neighbors the tokens are given too
+    grid_rows   [rows] which of the examples each row of `table` is, -1 where it is none; None where no tokens are given
     """
 
     examples: Rows
     items: Int[np.ndarray, "items"]
     neighbors: Int[np.ndarray, "items k"]
     table: Rows
+    shown: ConditioningConfig | None = None
+    grid_m: int = 0
+    grid_rows: Int[np.ndarray, "rows"] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
 
     def batch(self, indices: Int[Tensor, "batch"], generator: torch.Generator) -> Batch:
-        """`tokens`, `query`, `neighbors` and `present` of these images."""
+        """`tokens`, `query`, `neighbors` and `present` of these images; with `grid_m` also `grids` and `grids_present`."""
         rows = indices.numpy()
-        found, neighbors = self.examples[self.items[rows]], self.neighbors[rows]
-        return {
-            "tokens": torch.from_numpy(found["tokens"].astype(np.int64)),
+        found, lists = self.examples[self.items[rows]], self.neighbors[rows]
+        tokens = found["tokens"].astype(np.int64)
+        if self.shown is not None:
+            lists = left_in(lists, self.shown, generator)
+            if self.grid_m and lists.shape[1] > 1:
+                lists = self._led(tokens, lists, self.shown, generator)
+        batch = {
+            "tokens": torch.from_numpy(tokens),
             "query": torch.from_numpy(found["embedding"].astype(np.float32)),
-            "neighbors": torch.from_numpy(self.table[neighbors.clip(0)].astype(np.float32)),
-            "present": torch.from_numpy(neighbors != ABSENT),
+            "neighbors": torch.from_numpy(self.table[lists.clip(0)].astype(np.float32)),
+            "present": torch.from_numpy(lists != ABSENT),
         }
+        return batch | self._grids(lists, generator) if self.grid_m else batch
+
+    def _led(
+        self,
+        tokens: Int[np.ndarray, "batch seq"],
+        lists: Int[np.ndarray, "batch k"],
+        shown: ConditioningConfig,
+        generator: torch.Generator,
+    ) -> Int[np.ndarray, "batch k"]:
+        """The neighbors with another one first here and there."""
+        styled = np.zeros(len(lists), np.int64)
+        if shown.style_leader > 0:
+            grids, there = self._tokens_of(lists)
+            styled = most_alike(tokens, grids, there)
+        counts = (lists[:, : self.grid_m] != ABSENT).sum(1)
+        return swapped(lists, leaders(counts, styled, shown, generator))
+
+    def _grids(self, lists: Int[np.ndarray, "batch k"], generator: torch.Generator) -> dict[str, Tensor]:
+        tokens, there = self._tokens_of(lists[:, : self.grid_m])
+        grids, present = torch.from_numpy(tokens), torch.from_numpy(there)
+        if self.shown is not None:
+            hidden = rand(len(lists), generator=generator) < self.shown.grid_dropout
+            grids, present = moved(grids, self.shown.grid_shift, generator), present & ~hidden[:, None]
+        return {"grids": grids, "grids_present": present}
+
+    def _tokens_of(self, lists: Int[np.ndarray, "batch some"]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of these images of the index, and whether they are among the examples."""
+        assert self.grid_rows is not None
+        rows = np.where(lists == ABSENT, ABSENT, self.grid_rows[lists.clip(0)])
+        tokens = self.examples[rows.clip(0).ravel()]["tokens"].astype(np.int64)
+        return tokens.reshape(*rows.shape, -1), rows != ABSENT
 
     def split(self, validation: int) -> tuple[DenoiserData, DenoiserData]:
         """The first items for training, the last `validation` for judging it; both may neighbor the whole index."""
         cut = len(self) - validation
-        return self._rows(slice(0, cut)), self._rows(slice(cut, None))
+        steady = None if self.shown is None else self.shown.steady
+        return self._rows(slice(0, cut)), replace(self._rows(slice(cut, None)), shown=steady)
 
     def _rows(self, rows: slice) -> DenoiserData:
-        return DenoiserData(
-            examples=self.examples, items=self.items[rows], neighbors=self.neighbors[rows], table=self.table
-        )
+        return replace(self, items=self.items[rows], neighbors=self.neighbors[rows])
 
 
-def prepare(examples: Examples, index: FrozenIndex, k: int, cache: Path, told: RunOptions) -> DenoiserData:
+def prepare(
+    examples: Examples,
+    index: FrozenIndex,
+    k: int,
+    cache: Path,
+    told: RunOptions,
+    *,
+    shown: ConditioningConfig | None = None,
+    grid_m: int = 0,
+) -> DenoiserData:
     """Lines 2, 5 and 7 of Algorithm 1 for all images: neighbor lists are kept in `cache` under what they were made from.
 
+    Args:
+        shown: what is done to the neighbors, of which it may want more than k to choose from.
+        grid_m: of how many neighbors the tokens are read too: of those that are among the examples.
     Raises: UsageError when the index is too small to give any image k neighbors besides itself.
     """
     if k and len(index) < k + 1:
@@ -86,12 +148,27 @@ def prepare(examples: Examples, index: FrozenIndex, k: int, cache: Path, told: R
             f"expected an index of more than {k} images, got {len(index)}: add images or train with fewer neighbors "
             f"(--set conditioning.k={max(0, len(index) - 1)})"
         )
+    k = max(k, min(shown.kept if shown is not None else 0, len(index) - 1))
     facts = {"examples": examples.digest, "index": index.digest, "k": k}
     items = cached_array(cache, "items", {"examples": examples.digest}, lambda: first_of_each(examples.contents))
     neighbors = cached_array(cache, "neighbors", facts, lambda: find_neighbors(examples, items, index, k, told, cache))
     for whole in cache.glob(f"{WHOLE}*"):
         whole.unlink()
-    return DenoiserData(examples=examples, items=items, neighbors=neighbors, table=index)
+    data = DenoiserData(examples=examples, items=items, neighbors=neighbors, table=index, shown=shown)
+    if not grid_m:
+        return data
+    facts = {"examples": examples.digest, "index": index.digest}
+    grid_rows = cached_array(cache, "grid-rows", facts, lambda: examples_in(index, examples))
+    return replace(data, grid_m=grid_m, grid_rows=grid_rows)
+
+
+def examples_in(index: FrozenIndex, examples: Examples) -> Int[np.ndarray, "rows"]:
+    """Which of the examples each image of the index is, ABSENT where it is none."""
+    places = index.places_of(examples.contents)
+    there = np.flatnonzero(places != ABSENT)
+    rows = np.full(len(index), ABSENT, np.int32 if len(examples) < 2**31 else np.int64)
+    rows[places[there]] = there
+    return rows
 
 
 def first_of_each(contents: UInt8[np.ndarray, "images digest"]) -> Int[np.ndarray, "items"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +28,8 @@ class Phase:
     learning_rate_scale: float = 1.0
     remember: Callable[[Mapping[str, Tensor]], None] | None = None
     """Told after each step the numbers of all examples of the batch, in their order, the same in every process."""
+    matrices: list[nn.Parameter] = field(default_factory=list)
+    """Those of the parameters that are weight matrices between hidden layers, which Muon can move."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

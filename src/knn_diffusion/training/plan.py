@@ -23,7 +23,7 @@ class TrainingConfig:
     batch_size: int
     """Examples of one step, ≥ 1."""
     learning_rate: float
-    """Peak rate of AdamW, above 0."""
+    """Peak rate of the optimizer, above 0."""
     final_learning_rate: float = 0.0
     """Rate at the last step; in between a cosine."""
     warmup_steps: int = 100
@@ -42,6 +42,8 @@ class TrainingConfig:
     """Steps between validations with a preview."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last two are kept."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What moves the weights: AdamW, or Muon for the matrices of the network's blocks and AdamW for the rest."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of matrix products; auto is bfloat16 where the hardware computes in it."""
     micro_batch_size: int | None = None
@@ -65,6 +67,8 @@ class TrainingConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         micro = self.micro_batch_size
         require(micro is None or micro >= 1, "micro_batch_size", micro, "at least 1")
+        whole = (self.optimizer, self.parallel) != ("muon", "fsdp")
+        require(whole, "optimizer", self.optimizer, "adamw with fsdp: Muon needs whole matrices")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
 
 

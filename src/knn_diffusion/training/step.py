@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from knn_diffusion.device import choose_dtype
-from knn_diffusion.errors import TrainingError
+from knn_diffusion.errors import TrainingError, UsageError
 from knn_diffusion.randomness import BatchGenerator
 from knn_diffusion.training.checkpoints import RunState
 from knn_diffusion.training.data import Batch, Dataset
@@ -32,7 +32,8 @@ class Run:
 
     objective: Objective
     phases: list[Phase]
-    optimizers: dict[str, torch.optim.Optimizer]
+    optimizers: dict[str, list[torch.optim.Optimizer]]
+    """Of each phase, by its name."""
     average: AveragedModel
     parallel: Parallel
     config: TrainingConfig
@@ -44,7 +45,12 @@ class Run:
     @property
     def state(self) -> RunState:
         """What a checkpoint holds of it."""
-        return RunState(modules=self.objective.modules, average=self.average, optimizers=self.optimizers)
+        named = {
+            f"{phase}-{number}" if number else phase: one
+            for phase, optimizers in self.optimizers.items()
+            for number, one in enumerate(optimizers)
+        }
+        return RunState(modules=self.objective.modules, average=self.average, optimizers=named)
 
 
 def begin(objective: Objective, config: TrainingConfig, output: Path, processes: Processes) -> Run:
@@ -73,7 +79,7 @@ def begin(objective: Objective, config: TrainingConfig, output: Path, processes:
         else:
             parallel, average = spread(objective, averaged, config.parallel, processes)
     phases = objective.phases()
-    optimizers: dict[str, torch.optim.Optimizer] = {phase.name: _optimizer(phase, config) for phase in phases}
+    optimizers = {phase.name: optimizers_of(phase, config) for phase in phases}
     return Run(objective, phases, optimizers, average, parallel, config, processes, output, memory)
 
 
@@ -109,12 +115,13 @@ def own_rows(run: Run, dataset: Dataset, step: int) -> Batch:
 
 
 def _phase_step(run: Run, phase: Phase, batch: Batch, step: int, rate: float) -> dict[str, float]:
-    optimizer = run.optimizers[phase.name]
-    optimizer.zero_grad(set_to_none=True)
+    optimizers = run.optimizers[phase.name]
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     found = _gradients(run, phase, batch, step)
     if found is None:
         return {}
-    for group in optimizer.param_groups:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = rate * phase.learning_rate_scale
     norm = whole_tensor(nn.utils.clip_grad_norm_(phase.parameters, run.config.clip_norm))
     own = found["loss"].item()
@@ -124,7 +131,8 @@ def _phase_step(run: Run, phase: Phase, batch: Batch, step: int, rate: float) ->
     loss, size = values[f"{phase.name}/loss"], float(norm)
     if not (math.isfinite(size) and math.isfinite(loss)):
         _stop_at(run.processes, f"the {phase.name} loss is {loss} with gradient norm {size} at step {step}", own)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     if phase.remember is not None:
         phase.remember({name: run.processes.gathered(value) for name, value in found.items() if value.ndim})
     return values | {f"{phase.name}/gradient_norm": size}
@@ -181,16 +189,34 @@ def warm_up(run: Run, dataset: Dataset) -> None:
         batch = {name: value.to(run.processes.device) for name, value in rows.items()}
         for phase in run.phases:
             _gradients(run, phase, batch, run.step + 1)
-            run.optimizers[phase.name].zero_grad(set_to_none=True)
+            for optimizer in run.optimizers[phase.name]:
+                optimizer.zero_grad(set_to_none=True)
 
 
-def _optimizer(phase: Phase, config: TrainingConfig) -> torch.optim.Optimizer:
-    matrices = [p for p in phase.parameters if p.ndim > 1]
-    vectors = [p for p in phase.parameters if p.ndim <= 1]
+def optimizers_of(phase: Phase, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and behind it Muon for the matrices that it moves where the configuration asks for it.
+
+    Muon's steps are scaled to the size of AdamW's (Moonlight, Liu et al. 2025), so that both share one learning rate and decay.
+
+    Raises: UsageError when nothing of the phase can be moved by Muon.
+    """
+    muon = {id(p) for p in phase.matrices if p.ndim == 2} if config.optimizer == "muon" else set()
+    if config.optimizer == "muon" and not muon:
+        raise UsageError(
+            f"expected a network with weight matrices between hidden layers for Muon, the {phase.name} names none: "
+            "leave out training.optimizer"
+        )
+    rest = [p for p in phase.parameters if id(p) not in muon]
+    matrices, vectors = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, fused=True
-    )
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, fused=True)
+    ]
+    if muon:
+        moved = [p for p in phase.matrices if id(p) in muon]
+        decay, alike = config.weight_decay, "match_rms_adamw"
+        found.append(torch.optim.Muon(moved, lr=config.learning_rate, weight_decay=decay, adjust_lr_fn=alike))
+    return found
 
 
 def _ema(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from knn_diffusion.diffusion.conditioning import (
     drop_condition,
     drop_query,
     lafite_noise,
+    lead_with,
     make_condition,
     null_condition,
     replace_first_neighbor,
@@ -80,6 +83,57 @@ def test_editing_replaces_the_first_neighbor_and_nothing_else() -> None:
     assert edited.present.all()
     assert torch.equal(edited.y[:, [0, 2]], condition.y[:, [0, 2]])
     assert condition.present.tolist() == [[True, False, True]]
+
+
+def with_grids(batch: int = 2, m: int = 2) -> Condition:
+    grids = torch.arange(batch * m * 4).reshape(batch, m, 4)
+    return make_condition(torch.ones(batch, 8), torch.randn(batch, 3, 8, generator=seeded()), grids=grids)
+
+
+def test_grids_are_all_present_unless_said_otherwise_and_the_null_condition_has_none() -> None:
+    condition = with_grids()
+    assert condition.grids_present.tolist() == [[True, True]] * 2
+    assert not null_condition(condition).grids_present.any()
+    assert with_null(condition).grids_present.tolist() == [[True, True]] * 2 + [[False, False]] * 2
+    own_null = with_null(condition, torch.ones(4, 8))
+    assert own_null.grids_present.tolist() == with_null(condition).grids_present.tolist()
+    assert torch.equal(own_null.grids[:2], condition.grids)
+
+
+def test_dropping_a_condition_drops_its_grids_and_hiding_the_query_keeps_them() -> None:
+    condition = with_grids(batch=50)
+    dropped = drop_condition(condition, 0.5, seeded())
+    assert torch.equal(dropped.grids_present.all(1), dropped.y.any(2).any(1))
+    assert torch.equal(dropped.grids_present.any(1), dropped.grids_present.all(1))
+    assert drop_query(condition, 1.0, seeded()).grids_present.all()
+
+
+def test_a_reference_leads_with_its_own_tokens() -> None:
+    condition = with_grids(batch=1)
+    absent = replace(condition, grids_present=torch.tensor([[False, True]]))
+    edited = replace_first_neighbor(absent, torch.zeros(1, 8), torch.tensor([[9, 8, 7, 6]]))
+    assert edited.grids.tolist() == [[[9, 8, 7, 6], [4, 5, 6, 7]]]
+    assert edited.grids_present.all()
+    assert not absent.grids_present.all()
+
+
+def test_another_neighbor_leads_in_y_and_among_the_grids() -> None:
+    condition = with_grids(batch=1)
+    led = lead_with(condition, 1)
+    assert torch.equal(led.y, condition.y[:, [0, 2, 1, 3]])
+    assert torch.equal(led.grids, condition.grids[:, [1, 0]])
+    assert torch.equal(lead_with(condition, 0).y, condition.y)
+
+
+def test_rows_of_a_condition_can_be_picked_repeated_and_joined() -> None:
+    condition = with_grids(batch=3)
+    picked = condition.select([2, 0])
+    assert torch.equal(picked.y, condition.y[[2, 0]])
+    assert torch.equal(picked.grids, condition.grids[[2, 0]])
+    assert torch.equal(condition.select(slice(1, 2)).expand(2).grids, condition.grids[[1, 1]])
+    joined = Condition.cat([condition, picked])
+    assert torch.equal(joined.grids_present, torch.ones(5, 2, dtype=torch.bool))
+    assert Condition.cat([example(), example()]).grids is None
 
 
 def test_editing_without_neighbors_is_refused() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from knn_diffusion.diffusion.conditioning import make_condition, null_condition
 from knn_diffusion.errors import ConfigError, FingerprintError, UsageError
 from knn_diffusion.models.cross_attention import PreparedCondition
 from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig, sigmoid_gelu
@@ -15,7 +16,8 @@ from knn_diffusion.shapes import Condition
 SMALL = DenoiserConfig(
     vocab_size=11, grid=4, width=32, depth=2, heads=4, condition_dim=12, num_steps=10, mlp_ratio=2, step_width=16
 )
-MAPS = pytest.mark.parametrize("map_width", [0, 16])
+GRIDS = {"patch_size": 2, "local_width": 8, "local_blocks": 2, "grid_neighbors": 3, "grid_layers": 2}
+OPTIONS = pytest.mark.parametrize("options", [{}, {"map_width": 16}, GRIDS], ids=["plain", "maps", "grids"])
 
 
 def make(seed: int = 0, **changes: object) -> Denoiser:
@@ -25,16 +27,13 @@ def make(seed: int = 0, **changes: object) -> Denoiser:
 
 def random_condition(batch: int = 3, slots: int = 4) -> Condition:
     y = functional.normalize(torch.randn(batch, slots, SMALL.condition_dim), dim=-1)
-    return Condition(y=y, present=torch.ones(batch, slots, dtype=torch.bool))
+    grids = torch.randint(0, SMALL.vocab_size, (batch, 3, SMALL.seq))
+    return make_condition(y[:, 0], y[:, 1:], grids=grids)
 
 
 def random_inputs(batch: int = 3) -> tuple[Tensor, Tensor]:
     x_n = torch.randint(0, SMALL.vocab_size + 1, (batch, SMALL.seq))
     return x_n, torch.randint(1, SMALL.num_steps + 1, (batch,))
-
-
-def null(condition: Condition) -> Condition:
-    return Condition(y=torch.zeros_like(condition.y), present=torch.ones_like(condition.present))
 
 
 def dense_cross_attention(block: torch.nn.Module, h: Tensor, y: Tensor, present: Tensor) -> Tensor:
@@ -78,35 +77,118 @@ def test_what_a_place_reads_from_the_maps_equals_the_textbook() -> None:
             torch.testing.assert_close(read[row, place], layer.output(torch.cat(parts)))
 
 
-@pytest.mark.parametrize("options", [{}, {"patch_size": 2}, {"map_width": 16}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"patch_size": 2}, {"map_width": 16}, GRIDS], ids=str)
 def test_null_condition_equals_the_network_without_what_reads_y(
     options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoiser, (x_n, step) = make(**options), random_inputs()
-    with_null = denoiser(x_n, step, null(random_condition()))
+    with_null = denoiser(x_n, step, null_condition(random_condition()))
     for block in denoiser.blocks:
         monkeypatch.setattr(block.cross_attention, "forward", lambda h, *_: torch.zeros_like(h))
     for layer in denoiser.map_attention.values():
         monkeypatch.setattr(layer, "forward", lambda h, _: torch.zeros_like(h))
+    for layer in denoiser.grid_attention.values():
+        monkeypatch.setattr(layer, "forward", lambda h, _: torch.zeros_like(h))
+    if denoiser.local is not None:
+        monkeypatch.setattr(denoiser.local.leader, "forward", torch.zeros_like)
     assert torch.equal(with_null, denoiser(x_n, step, random_condition()))
+
+
+def test_what_a_place_reads_of_the_grids_equals_the_textbook() -> None:
+    denoiser, condition = make(**GRIDS).double(), random_condition(batch=1)
+    layer, reader = denoiser.grid_attention["1"], denoiser.grid_reader
+    torch.nn.init.normal_(layer.nearness)
+    h, heads, channels = torch.randn(1, 4, SMALL.width).double(), 4, SMALL.width // 4
+    read = layer(h, denoiser.prepare(replace(condition, grids_present=torch.tensor([[True, False, True]]))).grids)
+    query = layer.query(functional.layer_norm(h, (SMALL.width,)))
+    cells = []
+    for rank in (0, 2):
+        for place in range(4):
+            merged = denoiser._merged(denoiser._features(condition.grids[:, rank]))[0, place]
+            where = reader.row_table[place // 2, 0] + reader.column_table[place % 2] + reader.rank_table[rank, 0]
+            cells.append((place, *reader.key_value(reader.norm(merged + where)).chunk(2)))
+    for place in range(4):
+        parts = []
+        for head in range(heads):
+            some = slice(head * channels, (head + 1) * channels)
+            scores = []
+            for cell, key, _ in cells:
+                down, right = place // 2 - cell // 2, place % 2 - cell % 2
+                near = layer.nearness[head, (down + 1) * 3 + right + 1]
+                scores.append(query[0, place, some] @ key[some] / channels**0.5 + near)
+            weights = torch.stack(scores).softmax(0)
+            parts.append(sum(weight * value[some] for weight, (_, _, value) in zip(weights, cells, strict=True)))
+        torch.testing.assert_close(read[0, place], layer.output(torch.cat(parts)))
+
+
+def test_a_condition_without_grids_equals_one_whose_grids_are_absent_whatever_these_show() -> None:
+    denoiser, (x_n, step), condition = make(**GRIDS), random_inputs(), random_condition()
+    absent = replace(condition, grids_present=torch.zeros(3, 3, dtype=torch.bool))
+    without = denoiser(x_n, step, replace(condition, grids=None, grids_present=None))
+    assert torch.equal(denoiser(x_n, step, absent), without)
+    assert not torch.allclose(denoiser(x_n, step, condition), without, atol=1e-3)
+    fewer = replace(condition, grids=condition.grids[:, :2], grids_present=condition.grids_present[:, :2])
+    partly = replace(condition, grids_present=torch.tensor([[True, True, False]]).expand(3, 3))
+    assert torch.equal(denoiser(x_n, step, partly), denoiser(x_n, step, fewer))
+
+
+def test_the_first_grid_that_is_there_leads() -> None:
+    denoiser, condition = make(**GRIDS), random_condition()
+    present = torch.tensor([[True, True, True], [False, True, True], [False, False, False]])
+    leader = denoiser.prepare(replace(condition, grids_present=present)).grids.leader
+    torch.testing.assert_close(leader[0], denoiser._features(condition.grids[:1, 0])[0])
+    torch.testing.assert_close(leader[1], denoiser._features(condition.grids[1:2, 1])[0])
+    assert not leader[2].any()
+
+
+def test_a_place_sees_all_places_of_a_grid_and_neighbors_of_its_tokens() -> None:
+    denoiser, (x_n, step), condition = make(**GRIDS), random_inputs(1), random_condition(1)
+    out = denoiser(x_n, step, condition)
+    other = condition.grids.clone()
+    other[0, 2, 15] = (other[0, 2, 15] + 1) % SMALL.vocab_size  # the last token of the last grid
+    seen = denoiser(x_n, step, replace(condition, grids=other))
+    assert (seen != out).flatten(2).any(-1).all()
+
+
+def test_copying_what_a_shifted_grid_shows_is_learned_quickly() -> None:
+    config = replace(SMALL, vocab_size=16, grid=8, width=64, **GRIDS | {"local_width": 32})
+    losses = {}
+    for shown in (True, False):
+        torch.manual_seed(0)
+        denoiser = Denoiser(config)
+        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=4e-3, betas=(0.9, 0.96))
+        for _ in range(60):
+            image = torch.randint(0, 16, (16, 8, 8))
+            grids = torch.stack([image.roll((0, 1), (1, 2)), torch.randint(0, 16, (16, 8, 8))], dim=1).flatten(2)
+            present = torch.full((16, 2), shown)
+            y = Condition(y=torch.zeros(16, 1, 12), present=present[:, :1] | True, grids=grids, grids_present=present)
+            masked = torch.full((16, 64), config.mask_id)
+            logits = denoiser(masked, torch.full((16,), config.num_steps), y)
+            loss = functional.cross_entropy(logits.flatten(0, 1), image.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[shown] = loss.item()
+    assert losses[False] > 2.7  # nothing to know: ln 16 is 2.77
+    assert losses[True] < 1.0
 
 
 def test_condition_matters_and_so_does_the_step() -> None:
     denoiser, (x_n, step), condition = make(), random_inputs(), random_condition()
     out = denoiser(x_n, step, condition)
-    assert not torch.allclose(out, denoiser(x_n, step, null(condition)), atol=1e-3)
+    assert not torch.allclose(out, denoiser(x_n, step, null_condition(condition)), atol=1e-3)
     assert not torch.allclose(out, denoiser(x_n, SMALL.num_steps + 1 - step, condition), atol=1e-4)
 
 
-@MAPS
-def test_prepared_condition_equals_the_condition(map_width: int) -> None:
-    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
+@OPTIONS
+def test_prepared_condition_equals_the_condition(options: dict[str, int]) -> None:
+    denoiser, (x_n, step), condition = make(**options), random_inputs(), random_condition()
     assert torch.equal(denoiser(x_n, step, denoiser.prepare(condition)), denoiser(x_n, step, condition))
 
 
-@MAPS
-def test_absent_neighbors_equal_a_shorter_list(map_width: int) -> None:
-    denoiser, (x_n, step), full = make(map_width=map_width), random_inputs(), random_condition(slots=6)
+@OPTIONS
+def test_absent_neighbors_equal_a_shorter_list(options: dict[str, int]) -> None:
+    denoiser, (x_n, step), full = make(**options), random_inputs(), random_condition(slots=6)
     shorter = Condition(y=full.y[:, :4], present=full.present[:, :4])
     absent = Condition(y=full.y, present=full.present & (torch.arange(6) < 4))
     torch.testing.assert_close(denoiser(x_n, step, absent), denoiser(x_n, step, shorter))
@@ -114,18 +196,18 @@ def test_absent_neighbors_equal_a_shorter_list(map_width: int) -> None:
     assert not torch.allclose(denoiser(x_n, step, padded), denoiser(x_n, step, shorter), atol=1e-4)
 
 
-@MAPS
-def test_a_row_without_any_present_slot_equals_the_null(map_width: int) -> None:
-    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
+@OPTIONS
+def test_a_row_without_any_present_slot_equals_the_null(options: dict[str, int]) -> None:
+    denoiser, (x_n, step), condition = make(**options), random_inputs(), random_condition()
     nothing = Condition(y=condition.y, present=torch.zeros_like(condition.present))
-    assert torch.equal(denoiser(x_n, step, nothing), denoiser(x_n, step, null(condition)))
+    assert torch.equal(denoiser(x_n, step, nothing), denoiser(x_n, step, null_condition(condition)))
     denoiser(x_n, step, nothing).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in denoiser.parameters() if p.grad is not None)
 
 
-@MAPS
-def test_order_of_neighbors_does_not_matter_but_the_query_has_its_place(map_width: int) -> None:
-    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
+@OPTIONS
+def test_order_of_neighbors_does_not_matter_but_the_query_has_its_place(options: dict[str, int]) -> None:
+    denoiser, (x_n, step), condition = make(**options), random_inputs(), random_condition()
     out = denoiser(x_n, step, condition)
     shuffled = replace(condition, y=condition.y[:, [0, 3, 1, 2]])
     torch.testing.assert_close(denoiser(x_n, step, shuffled), out)
@@ -139,28 +221,32 @@ def test_query_alone_and_one_neighbor_are_conditions_too(slots: int) -> None:
     assert denoiser(x_n, step, random_condition(slots=slots)).isfinite().all()
 
 
-@MAPS
-def test_both_halves_of_guidance_as_one_batch_equal_them_separately(map_width: int) -> None:
-    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
-    halves = [denoiser.prepare(condition), denoiser.prepare(null(condition))]
+@OPTIONS
+def test_both_halves_of_guidance_as_one_batch_equal_them_separately(options: dict[str, int]) -> None:
+    denoiser, (x_n, step), condition = make(**options), random_inputs(), random_condition()
+    halves = [denoiser.prepare(condition), denoiser.prepare(null_condition(condition))]
     both = denoiser(torch.cat([x_n, x_n]), torch.cat([step, step]), PreparedCondition.cat(halves))
     apart = torch.cat([denoiser(x_n, step, half) for half in halves])
     torch.testing.assert_close(both, apart)
 
 
 @pytest.mark.parametrize("rows", [slice(1, 3), [2, 0], torch.tensor([1, 1])])
-@MAPS
-def test_selected_rows_equal_the_condition_of_those_images(rows: slice | list[int] | Tensor, map_width: int) -> None:
-    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
+@OPTIONS
+def test_selected_rows_equal_the_condition_of_those_images(
+    rows: slice | list[int] | Tensor, options: dict[str, int]
+) -> None:
+    denoiser, (x_n, step), condition = make(**options), random_inputs(), random_condition()
     picked = denoiser.prepare(condition).select(rows)
     expected = denoiser(x_n, step, condition)[rows]
     torch.testing.assert_close(denoiser(x_n[rows], step[rows], picked), expected)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
-@MAPS
-def test_every_patch_size_has_the_same_interface_and_learns_everywhere(patch_size: int, map_width: int) -> None:
-    denoiser, (x_n, step) = make(patch_size=patch_size, map_width=map_width), random_inputs()
+@OPTIONS
+def test_every_patch_size_has_the_same_interface_and_learns_everywhere(
+    patch_size: int, options: dict[str, int]
+) -> None:
+    denoiser, (x_n, step) = make(**options | {"patch_size": patch_size}), random_inputs()
     logits = denoiser(x_n, step, random_condition())
     assert logits.shape == (3, SMALL.seq, SMALL.vocab_size)
     (logits * torch.randn_like(logits)).sum().backward()
@@ -181,7 +267,9 @@ def test_only_the_first_coordinates_of_the_query_are_read() -> None:
     assert not torch.allclose(changed(1, 5), out, atol=1e-4)
     louder = replace(condition, y=torch.cat([condition.y[:, :1] * 3, condition.y[:, 1:]], dim=1))
     torch.testing.assert_close(denoiser(x_n, step, louder), out)
-    assert torch.equal(denoiser(x_n, step, null(condition)), make(map_width=16)(x_n, step, null(condition)))
+    assert torch.equal(
+        denoiser(x_n, step, null_condition(condition)), make(map_width=16)(x_n, step, null_condition(condition))
+    )
 
 
 def with_codes(seed: int = 0, **options: int) -> Denoiser:
@@ -241,9 +329,9 @@ def test_patches_are_squares_of_the_grid_going_in_and_out() -> None:
     assert owner[[2, 3, 6, 7]].tolist() == [4, 5, 6, 7]
 
 
-@MAPS
-def test_bfloat16_weights_and_autocast_stay_close_to_float32(map_width: int) -> None:
-    denoiser, (x_n, step), condition = make(map_width=map_width), random_inputs(), random_condition()
+@OPTIONS
+def test_bfloat16_weights_and_autocast_stay_close_to_float32(options: dict[str, int]) -> None:
+    denoiser, (x_n, step), condition = make(**options), random_inputs(), random_condition()
     with torch.no_grad():
         exact = denoiser(x_n, step, condition)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -257,7 +345,7 @@ def test_bfloat16_weights_and_autocast_stay_close_to_float32(map_width: int) -> 
 
 def test_null_condition_removes_cross_attention_in_bfloat16_too(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser, (x_n, step) = make().to(torch.bfloat16), random_inputs()
-    with_null = denoiser(x_n, step, null(random_condition()))
+    with_null = denoiser(x_n, step, null_condition(random_condition()))
     for block in denoiser.blocks:
         monkeypatch.setattr(block.cross_attention, "forward", lambda h, *_: torch.zeros_like(h))
     assert torch.equal(with_null, denoiser(x_n, step, random_condition()))
@@ -333,6 +421,14 @@ def test_impossible_configurations_are_refused_with_field_value_and_rule() -> No
         replace(SMALL, step_width=7)
     with pytest.raises(ConfigError, match="map_width must be a multiple of 16, got 24"):
         replace(SMALL, map_width=24)
+    with pytest.raises(ConfigError, match="local_blocks must be above 0 with local_width only, got 0"):
+        replace(SMALL, local_width=8)
+    with pytest.raises(
+        ConfigError, match="grid_neighbors must be 0 without local_width, whose layers read them, got 2"
+    ):
+        replace(SMALL, grid_neighbors=2, grid_layers=1)
+    with pytest.raises(ConfigError, match="grid_layers must be from 1 to 2 with grid_neighbors 3, got 0"):
+        replace(SMALL, **GRIDS | {"grid_layers": 0})
     with pytest.raises(ConfigError, match="query_dim must be at most condition_dim 12, got 13"):
         replace(SMALL, query_dim=13)
     with pytest.raises(ConfigError, match="query_dim must be 0 with plain_slots, which know no query, got 3"):
@@ -348,3 +444,11 @@ def test_wrong_widths_and_lengths_are_refused() -> None:
         denoiser(x_n, step, replace(condition, y=condition.y[..., :9]))
     with pytest.raises(UsageError, match="works on 4 × 4 tokens, got 15 in a row: use the tokenizer"):
         denoiser(x_n[:, :15], step, condition)
+    denoiser = make(**GRIDS)
+    more = condition.grids.repeat(1, 2, 1)
+    with pytest.raises(UsageError, match="reads 3 grids of 16 tokens at most, got 6 of 16: leave out the others"):
+        denoiser.prepare(replace(condition, grids=more, grids_present=torch.ones(3, 6, dtype=torch.bool)))
+    with pytest.raises(
+        UsageError, match="reads 3 grids of 16 tokens at most, got 3 of 15: .* use the tokenizer it was"
+    ):
+        denoiser.prepare(replace(condition, grids=condition.grids[..., :15]))

@@ -161,7 +161,7 @@ def test_the_query_slot_lies_on_the_line_through_the_text_and_the_neighbors_mean
 ) -> None:
     sampler, k = pipe.model.sampler, 3
     request = check_request({"k": k, "query_weight": weight}, sampler=sampler, k=k)
-    condition, _ = pipe.retrieve("a cat", request)
+    condition, *_ = pipe.retrieve("a cat", request)
     text = pipe.model.encoder.encode_texts(["a cat"])[0].astype(np.float64)
     mean = condition.y[0, 1:].double().numpy().sum(0)
     mean /= np.linalg.norm(mean)

@@ -30,6 +30,7 @@ TINY = DenoiserConfig(vocab_size=64, grid=8, width=64, depth=2, heads=4, conditi
 MIDDLING = DenoiserConfig(vocab_size=700, grid=20, width=128, depth=4, heads=4, condition_dim=96, num_steps=100)
 STICKERS = replace(DENOISERS["stickers-cpu"].denoiser, depth=4)
 VQ = replace(MIDDLING, step_table=True, sigmoid_gelu=True, cross_attention_bias=True, plain_slots=True)
+GRIDS = replace(MIDDLING, patch_size=2, local_width=48, local_blocks=2, grid_neighbors=3, grid_layers=2)
 NEIGHBORS, AT_ONCE, GIB = 10, 12, 2**30
 CPU = Processes(device=torch.device("cpu"))
 GPU = Processes(device=torch.device("cuda", 0))
@@ -46,7 +47,9 @@ def objective_of(config: DenoiserConfig, preset: Any = "released", **training: o
 
 
 def batch_of(config: DenoiserConfig) -> dict[str, torch.Tensor]:
-    return {
+    grids = torch.randint(0, config.vocab_size, (AT_ONCE, config.grid_neighbors, config.seq))
+    read = {"grids": grids, "grids_present": torch.ones(grids.shape[:2], dtype=torch.bool)}
+    return (read if config.grid_neighbors else {}) | {
         "tokens": torch.randint(0, config.vocab_size, (AT_ONCE, config.seq)),
         "query": torch.nn.functional.normalize(torch.randn(AT_ONCE, config.condition_dim), dim=-1),
         "neighbors": torch.nn.functional.normalize(torch.randn(AT_ONCE, NEIGHBORS, config.condition_dim), dim=-1),
@@ -65,6 +68,8 @@ def batch_of(config: DenoiserConfig) -> dict[str, torch.Tensor]:
         (MIDDLING, "mask-and-replace", True),
         (STICKERS, "absorbing", False),
         (VQ, "released", True),
+        (GRIDS, "absorbing", False),
+        (GRIDS, "absorbing", True),
     ],
 )
 def test_the_reckoned_activations_are_those_that_are_alive(

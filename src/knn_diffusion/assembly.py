@@ -139,6 +139,7 @@ def assemble(
             sampler=sampler,
             k=k,
             query_weight=1.0 if source is None else source.query_weight,
+            agreement=0.0 if source is None else source.agreement,
             facts=facts,
         )
     return Assembled(

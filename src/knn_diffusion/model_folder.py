@@ -67,6 +67,7 @@ class PipelineFile:
     sampler   how the model draws when a request does not say otherwise
     k         neighbors retrieved for each prompt, at least 1
     query_weight  how much of the text's own embedding the query slot has against the neighbors' mean; 1 is the paper's
+    agreement     neighbors of a smaller cosine to the first are left out; 0 leaves none out, as in the paper
     facts     what the training run wrote down: data, recipe, commit, hardware, scores; shown on the model card
     """
 
@@ -75,6 +76,7 @@ class PipelineFile:
     sampler: SamplerConfig
     k: int = 10
     query_weight: float = 1.0
+    agreement: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -82,6 +84,7 @@ class PipelineFile:
         require(self.k >= 1, "k", self.k, "at least 1")
         fits = 0 <= self.query_weight <= MAX_QUERY_WEIGHT
         require(fits, "query_weight", self.query_weight, f"in [0, {MAX_QUERY_WEIGHT:g}]")
+        require(0 <= self.agreement <= 1, "agreement", self.agreement, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +99,7 @@ class Model:
     sampler: SamplerConfig
     k: int = 10
     query_weight: float = 1.0
+    agreement: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
     reads_text: bool = False
     """Whether the denoiser reads the states of a text instead of neighbors, as VQ-Diffusion's do."""
@@ -164,6 +168,7 @@ def load_model(name_or_folder: str | Path, revision: str | None = None) -> Model
         sampler=file.sampler,
         k=file.k,
         query_weight=file.query_weight,
+        agreement=file.agreement,
         facts=file.facts,
         reads_text=facts.get("reads") == "text",
         null=load_null(folder / "denoiser"),
@@ -250,6 +255,7 @@ def save_model(model: Model, folder: Path) -> None:
         sampler=model.sampler,
         k=model.k,
         query_weight=model.query_weight,
+        agreement=model.agreement,
         facts=model.facts,
     )
 
@@ -261,11 +267,13 @@ def write_pipeline_file(
     sampler: SamplerConfig,
     k: int = 10,
     query_weight: float = 1.0,
+    agreement: float = 0.0,
     facts: dict[str, Any] | None = None,
 ) -> PipelineFile:
     """Make a model of the parts that lie in `folder`: write `pipeline.json` with their digests, and the card."""
     digests = {part: _digest(folder / part) for part in PARTS}
-    file = PipelineFile(name=name, parts=digests, sampler=sampler, k=k, query_weight=query_weight, facts=facts or {})
+    drawing = {"sampler": sampler, "k": k, "query_weight": query_weight, "agreement": agreement}
+    file = PipelineFile(name=name, parts=digests, facts=facts or {}, **drawing)  # type: ignore[arg-type]
     write_json(folder / PIPELINE_FILE, to_dict(file))
     card = model_card(name, sampler, k, file.parts, file.facts)
     atomic_write_bytes(folder / "README.md", card.encode())

@@ -33,6 +33,8 @@ from knn_diffusion.device import (
 )
 from knn_diffusion.diffusion.compiled import CompiledStep
 from knn_diffusion.diffusion.conditioning import (
+    agreeing,
+    led_in_turn,
     make_condition,
     replace_first_neighbor,
     weigh_query,
@@ -47,6 +49,7 @@ from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.images import from_array, network_input, open_image, pixels_from_uint8, to_array, uint8_from_pixels
 from knn_diffusion.model_folder import MODEL_FILES, Model, load_model, replace_model_folder, save_model
 from knn_diffusion.models.text_states import text_states
+from knn_diffusion.neighbor_tokens import NeighborTokens
 from knn_diffusion.randomness import generator_for
 from knn_diffusion.request import (
     Callback,
@@ -114,6 +117,9 @@ class KnnDiffusion:
         with full_memory_told(self._too_small):
             self.denoiser = deepcopy(model.denoiser).to(self.device, self.dtype).eval().requires_grad_(False)
             self.tokenizer = deepcopy(model.tokenizer).to(self.device)
+        self.neighbor_tokens: NeighborTokens | None = None
+        if model.denoiser.config.grid_neighbors:
+            self.neighbor_tokens = NeighborTokens(self.tokenizer)
         self.step: Step = CompiledStep(self.device) if compile else reverse_step
         self.null: Tensor | None = None  # y' = 0
         if model.reads_text:
@@ -209,14 +215,21 @@ class KnnDiffusion:
             k = 0
             if settings.get("k"):
                 raise UsageError(f"expected no k, {model.name} reads the text and no neighbors: leave it out")
-        return check_request(settings, sampler=model.sampler, k=k, query_weight=model.query_weight)
+        return check_request(
+            settings,
+            sampler=model.sampler,
+            k=k,
+            query_weight=model.query_weight,
+            agreement=model.agreement,
+            reads_grids=self.neighbor_tokens is not None,
+        )
 
     def generate(self, prompt: str, request: Request) -> Output:
         """Algorithm 2."""
         started = time.monotonic()
-        condition, neighbors = self.retrieve(prompt, request)
+        condition, *neighbors = self.retrieve(prompt, request)
         x_0 = self.draw(condition, range(request.num_images), request)
-        return self._output(prompt, self.decode(x_0), neighbors, request, started)
+        return self._output(prompt, self.decode(x_0), condition, neighbors, request, started)
 
     @_memory_told
     def edit(
@@ -224,7 +237,7 @@ class KnnDiffusion:
     ) -> Output:
         """Change an image towards a prompt: Sec. 4.4.
 
-        The image's embedding takes the first neighbor's place, and the chain starts from the image's tokens noised to
+        The image takes the first neighbor's place and leads every drawing, and the chain starts from the image's tokens noised to
         step round(strength · N). As few passes are made as that share of the whole chain has.
 
         Args:
@@ -233,38 +246,45 @@ class KnnDiffusion:
         Raises: UsageError for a prompt or option that cannot be carried out.
         """
         started = time.monotonic()
-        request = self._request(settings)
+        request = replace(self._request(settings), lead="first")
         if not 0 <= strength <= 1:
             raise UsageError(f"expected strength from 0 to 1, got {strength}: 0 leaves the image, 1 starts anew")
         reference = from_array(network_input(open_image(image), self.image_size, alpha=self.tokenizer.alpha))
-        condition, neighbors = self.retrieve(check_prompt(prompt), request)
+        condition, *neighbors = self.retrieve(check_prompt(prompt), request)
+        x_0 = self.tokenizer.encode(pixels_from_uint8(to_array(reference)[None]).to(self.device))
         if not self.model.reads_text:
-            condition = replace_first_neighbor(condition, self._embed_image(reference))
+            condition = replace_first_neighbor(condition, self._embed_image(reference), x_0.cpu())
         trained = self.model.schedule.num_steps
         start_step = round(strength * trained)
         images = [reference.copy() for _ in range(request.num_images)]
         if start_step > 0:
             share = replace(request.sampler, num_steps=max(1, round(request.sampler.num_steps * start_step / trained)))
-            x_0 = self.tokenizer.encode(pixels_from_uint8(to_array(reference)[None]).to(self.device))
             begin = (x_0, start_step) if start_step < trained else None
             images = self.decode(
                 self.draw(condition, range(request.num_images), replace(request, sampler=share), begin)
             )
-        return self._output(prompt, images, neighbors, request, started)
+        return self._output(prompt, images, condition, neighbors, request, started)
 
-    def retrieve(self, prompt: str, request: Request) -> tuple[Condition, NeighborList]:
+    def retrieve(self, prompt: str, request: Request) -> tuple[Condition, NeighborList, NeighborList]:
         """Algorithm 2, lines 2-4: the text's embedding and its K nearest images become y (Eq. 5), one row.
 
-        For a denoiser of texts it is the states of the text, without any neighbors.
+        For a denoiser of texts it is the states of the text, without any neighbors. For one that reads its neighbors' pictures the
+        index's previews give the grids.
 
+        Returns: y; the neighbors in it; those that were left out because they disagree with the first.
         Raises: UsageError when the index holds fewer than k images.
         """
         if self.model.reads_text:
             states = text_states(self.model.encoder, [prompt])
-            return Condition(y=states, present=torch.ones(states.shape[:2], dtype=torch.bool)), NeighborList()
+            nobody = torch.ones(states.shape[:2], dtype=torch.bool)
+            return Condition(y=states, present=nobody), NeighborList(), NeighborList()
         query = self.model.encoder.encode_texts([prompt])  # 1 dim
         if request.k == 0:
-            return make_condition(torch.from_numpy(query), torch.zeros(1, 0, query.shape[1])), NeighborList()
+            return (
+                make_condition(torch.from_numpy(query), torch.zeros(1, 0, query.shape[1])),
+                NeighborList(),
+                NeighborList(),
+            )
         found = self.index.search(query, request.k, exclude_ids=request.exclude_ids, modality="text")
         count = request.k - int(found.shortfall[0])
         ids = found.ids[0][:count]
@@ -273,9 +293,21 @@ class KnnDiffusion:
             for one, score, source in zip(ids, found.scores[0], self.index.sources(ids), strict=False)
         )
         embeddings = torch.from_numpy(found.embeddings).float()  # 1 k dim
-        present = (torch.arange(request.k) < count)[None]
+        agree = (torch.arange(request.k) < count)[None]
+        if request.agreement > 0:
+            agree = agreeing(embeddings, agree, request.agreement, self.model.denoiser.config.query_dim)
+        order = (~agree[0]).int().argsort(stable=True)  # those that agree stand first
+        embeddings, present = torch.where(agree[..., None], embeddings, 0)[:, order], agree[:, order]
+        agreed = NeighborList(one for one, agrees in zip(neighbors, agree[0], strict=False) if agrees)
+        others = NeighborList(one for one, agrees in zip(neighbors, agree[0], strict=False) if not agrees)
         weighed = weigh_query(torch.from_numpy(query), embeddings, request.query_weight)
-        return make_condition(weighed, embeddings, present), neighbors
+        return make_condition(weighed, embeddings, present, *self._grids(agreed)), agreed, others
+
+    def _grids(self, neighbors: NeighborList) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Tokens of the neighbors that the denoiser reads, and which of them there are."""
+        if self.neighbor_tokens is None:
+            return None, None
+        return self.neighbor_tokens.read(neighbors.ids, self.model.denoiser.config.grid_neighbors, self.index.preview)
 
     @_memory_told
     @torch.inference_mode()
@@ -288,13 +320,12 @@ class KnnDiffusion:
             condition: y, one row for all images or one row for each.
             begin: where to start instead of all [MASK].
         """
-        rows = _every_row(condition, len(numbers), self.device)
         drawn = []
         for first in range(0, len(numbers), self.micro_batch):
             batch = list(range(first, min(first + self.micro_batch, len(numbers))))
             padded = batch + batch[-1:] * (self.micro_batch - len(batch))  # always the same shapes
             generators = [generator_for(request.seed, numbers[i]) for i in padded]
-            y = Condition(y=rows.y[padded], present=rows.present[padded])
+            y = Condition.cat([_row(condition, i, numbers[i], request) for i in padded]).to(self.device)
             tokens = self._chain(
                 y, generators, request, begin, _watch(request.callback, numbers, batch, self.micro_batch)
             )
@@ -403,13 +434,22 @@ class KnnDiffusion:
         return torch.from_numpy(self.model.encoder.encode_images([image]))
 
     def _output(
-        self, prompt: str, images: list[Image.Image], neighbors: NeighborList, request: Request, started: float
+        self,
+        prompt: str,
+        images: list[Image.Image],
+        condition: Condition,
+        found: list[NeighborList],
+        request: Request,
+        started: float,
     ) -> Output:
+        neighbors, disagreeing = found
+        read = None if condition.grids_present is None else int(condition.grids_present.sum())
         return Output(
             prompt=prompt,
             images=images,
             neighbors=neighbors,
-            shortfall=request.k - len(neighbors),
+            disagreeing=disagreeing,
+            shortfall=request.k - len(neighbors) - len(disagreeing),
             seed=request.seed,
             k=request.k,
             steps=request.sampler.num_steps,
@@ -417,6 +457,9 @@ class KnnDiffusion:
             sampler=request.sampler.order,
             model=self.model.name,
             seconds=round(time.monotonic() - started, 3),
+            lead=request.lead,
+            agreement=request.agreement,
+            read=read,
         )
 
 
@@ -433,11 +476,10 @@ def images_at_once(device: torch.device, places: int) -> int:
     return max(1, PLACES_AT_ONCE.get(device.type, 1) // (2 * places))
 
 
-def _every_row(condition: Condition, count: int, device: torch.device) -> Condition:
-    y, present = condition.y.to(device), condition.present.to(device)
-    if len(y) == count:
-        return Condition(y=y, present=present)
-    return Condition(y=y.expand(count, -1, -1), present=present.expand(count, -1))
+def _row(condition: Condition, place: int, number: int, request: Request) -> Condition:
+    """y of the image with this number, which stands at this place of those to be drawn."""
+    row = condition if len(condition.y) == 1 else condition.select([place])
+    return led_in_turn(row, number) if request.lead == "rotate" else row
 
 
 def _watch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from PIL import Image
 
@@ -17,6 +17,7 @@ from knn_diffusion.errors import ConfigError, UsageError
 MAX_PROMPT_CHARACTERS = 1000
 MAX_IMAGES = 10_000
 MAX_SEED = 2**63 - 1
+Lead = Literal["rotate", "first"]
 ORDERS = ("ancestral", "halton", "confidence")
 
 
@@ -55,6 +56,11 @@ class Settings(TypedDict, total=False):
     query_weight: float
     """1 conditions on the text's own embedding (Eq. 5), 0 puts the neighbors' mean in its place; above 1 the text is moved
     away from that mean, so that what it says and they do not show (a colour, a place) is heard better."""
+    lead: Lead
+    """Which neighbor's picture an image follows most: "first" the nearest for all, "rotate" another for each image. A model that
+    reads its neighbors' pictures rotates by default; for others it is "first"."""
+    agreement: float
+    """Neighbors whose cosine to the first one is smaller are left out; 0 leaves none out, as in the paper."""
     callback: Callback
     """Called after each pass."""
 
@@ -70,6 +76,8 @@ class Request:
     exclude_ids: tuple[str, ...]
     query_weight: float
     callback: Callback | None
+    lead: Lead = "first"
+    agreement: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +116,8 @@ class Output:
     images: list[Image.Image]
     neighbors: NeighborList
     """Best first; the same for every image of the prompt."""
+    disagreeing: NeighborList
+    """Neighbors that were left out because they disagree with the first."""
     shortfall: int
     """How many of the k neighbors the index could not give, after exclusion and de-duplication."""
     seed: int
@@ -117,12 +127,21 @@ class Output:
     sampler: str
     model: str
     seconds: float
+    lead: Lead = "first"
+    """Whether the first neighbor leads every image, or image i the one at place i, round and round among those that were read."""
+    agreement: float = 0.0
+    read: int | None = None
+    """Of how many neighbors the pictures were read; 0 where the index keeps none as large as the model's. None for a model that does
+    not read pictures."""
 
     def facts(self) -> dict[str, object]:
         """All but the images, as plain values."""
-        neighbors = [{"id": n.id, "score": n.score, "source": n.source} for n in self.neighbors]
+        lists = {"neighbors": self.neighbors, "disagreeing": self.disagreeing}
         plain = ("prompt", "shortfall", "seed", "k", "steps", "guidance_scale", "sampler", "model", "seconds")
-        return {**{name: getattr(self, name) for name in plain}, "neighbors": neighbors}
+        facts: dict[str, object] = {name: getattr(self, name) for name in (*plain, "lead", "agreement", "read")}
+        for name, neighbors in lists.items():
+            facts[name] = [{"id": n.id, "score": n.score, "source": n.source} for n in neighbors]
+        return facts
 
 
 def check_prompt(prompt: object) -> str:
@@ -146,8 +165,18 @@ def check_prompt(prompt: object) -> str:
     return text
 
 
-def check_request(settings: Settings, *, sampler: SamplerConfig, k: int, query_weight: float = 1.0) -> Request:
+def check_request(
+    settings: Settings,
+    *,
+    sampler: SamplerConfig,
+    k: int,
+    query_weight: float = 1.0,
+    agreement: float = 0.0,
+    reads_grids: bool = False,
+) -> Request:
     """Fill in the model's defaults and check every value.
+
+    Args: reads_grids: whether the model reads its neighbors' pictures, so that one of them can lead.
 
     Raises: UsageError naming the option, its rule and what came; TypeError for an option that does not exist.
     """
@@ -161,6 +190,9 @@ def check_request(settings: Settings, *, sampler: SamplerConfig, k: int, query_w
     excluded = given.get("exclude_ids", ())
     if isinstance(excluded, str):
         raise UsageError(f"expected exclude_ids as a list of ids, got the text {excluded!r}: put it in a list")
+    least = _number(given.get("agreement", agreement), "agreement")
+    if not 0 <= least <= 1:
+        raise UsageError(f"expected agreement from 0 to 1, got {least:g}: 0 leaves no neighbor out")
     return Request(
         num_images=_integer(given.get("num_images_per_prompt", 1), "num_images_per_prompt", 1, MAX_IMAGES),
         k=_integer(given.get("k", k), "k", 0, 100_000),
@@ -169,7 +201,22 @@ def check_request(settings: Settings, *, sampler: SamplerConfig, k: int, query_w
         exclude_ids=tuple(str(one) for one in excluded),  # type: ignore[attr-defined]
         query_weight=weight,
         callback=given.get("callback"),  # type: ignore[arg-type]
+        lead=_lead(given, reads_grids),
+        agreement=least,
     )
+
+
+def _lead(given: dict[str, object], reads_grids: bool) -> Lead:
+    asked = given.get("lead", "rotate" if reads_grids else "first")
+    if asked == "first":
+        return "first"
+    if asked != "rotate":
+        raise UsageError(f"expected lead as rotate or first, got {asked!r}: choose one of them")
+    if not reads_grids:
+        raise UsageError(
+            "expected lead first, got rotate for a model that does not read its neighbors' pictures: leave it out"
+        )
+    return "rotate"
 
 
 def _sampler(given: dict[str, object], default: SamplerConfig) -> SamplerConfig:

@@ -116,6 +116,32 @@ def lead_with(condition: Condition, leader: int) -> Condition:
     return replace(led, grids=grids[:, order], grids_present=condition.grids_present[:, order])
 
 
+def led_in_turn(condition: Condition, number: int) -> Condition:
+    """One image's condition, led by the neighbors whose grids there are in turn: image `number` by the number-th, round and round."""
+    if condition.grids_present is None:
+        return condition
+    leaders = condition.grids_present[0].nonzero().flatten().tolist()
+    return lead_with(condition, leaders[number % len(leaders)]) if leaders else condition
+
+
+def agreeing(
+    neighbors: Float[Tensor, "batch k dim"], present: Bool[Tensor, "batch k"], least: float, coordinates: int
+) -> Bool[Tensor, "batch k"]:
+    """Which neighbors show what the first one shows, by the cosine of their embeddings to its.
+
+    Args:
+        least: a smaller cosine disagrees.
+        coordinates: how many of the embeddings' are compared, the first ones; 0 for all.
+
+    Differs from the paper, which shows all K: neighbors that a text finds by different words of it make mixtures.
+    """
+    meaning = normalize(neighbors[..., : coordinates or None], dim=-1)
+    cosine = (meaning * meaning[:, :1]).sum(-1)
+    agree = cosine >= least
+    agree[:, :1] = True
+    return present & agree
+
+
 def lafite_noise(
     embedding: Float[Tensor, "batch dim"], weight: float, generator: torch.Generator
 ) -> Float[Tensor, "batch dim"]:

@@ -81,11 +81,12 @@ def diffusion_loss(
     uniformly this multiplies Algorithm 1's loss by N.
     """
     log_p = logits.float().log_softmax(-1)  # batch seq vocab
-    nll = -_at(log_p, x_0)  # batch seq
+    at_0 = _at(log_p, x_0)  # batch seq
+    nll = -at_0
     certain = (x_n != schedule.mask_id) & (schedule.preset == "absorbing")  # there a visible token needs no prediction
     first = step == 1
     l_0 = torch.where(first, nll.masked_fill(certain, 0).mean(1), 0)
-    l_prev = torch.where(first, 0, _divergence(schedule, log_p, x_0, x_n, step.clamp_min(2)).mean(1))
+    l_prev = torch.where(first, 0, _divergence(schedule, log_p, at_0, x_0, x_n, step.clamp_min(2)).mean(1))
     l_x0 = nll.mean(1)
     emphasis = 2 - (step - 1) / schedule.num_steps if config.adaptive_aux else 1
     aux = torch.where(first, 0, config.aux_weight * emphasis * l_x0)
@@ -97,7 +98,9 @@ def _at(values: Logits, token: Tokens) -> Float[Tensor, "batch seq"]:
     return values.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-def _divergence(schedule: Schedule, log_p: Logits, x_0: Tokens, x_n: Tokens, step: Steps) -> Float[Tensor, "batch seq"]:
+def _divergence(
+    schedule: Schedule, log_p: Logits, at_0: Float[Tensor, "batch seq"], x_0: Tokens, x_n: Tokens, step: Steps
+) -> Float[Tensor, "batch seq"]:
     """KL(q(x_s | x_n, x_0) ‖ p(x_s | x_n)) of each token, s = n - 1 ≥ 1; float64 of [batch, seq], float32 where vocab joins.
 
     By Eq. 3 the true posterior at code j is w_j = ℓ_j a_j / e with a_j = (ᾱ_s [j = x_0] + β̄_s) R°, and the predicted one has
@@ -118,7 +121,8 @@ def _divergence(schedule: Schedule, log_p: Logits, x_0: Tokens, x_n: Tokens, ste
     likelihood = torch.where(hidden, between.gamma, between.beta)  # ℓ_j for j other than x_n
     evidence = torch.where(hidden, now.gamma, now.beta)  # e
     ratio = torch.where(hidden, 1, now.beta / (now.alpha + now.beta))  # κ
-    p_0, p_n = _at(log_p, x_0).double(), _at(log_p, visible).double()  # log-probabilities
+    p_0 = at_0.double()  # log-probabilities
+    p_n = p_0 if schedule.preset == "absorbing" else _at(log_p, visible).double()  # there `visible` is x_0 everywhere
     mass = ratio * p_n.exp() - torch.expm1(p_n)  # R
     true_mass = torch.where(same, ratio, 1)  # R°
     floor = before.beta.log() + mass.log()  # log u_j where p_j = 0

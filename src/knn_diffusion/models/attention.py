@@ -27,7 +27,8 @@ def attend(
 
     Args: offsets: added to the scores.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= FEW_PLACES:
+    plain = q.dtype == torch.bfloat16 or offsets is not None  # for learned offsets torch has no fused kernel here
+    if q.device.type == "cpu" and plain and q.shape[-2] <= FEW_PLACES:
         scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
         weights = (scores if offsets is None else scores + offsets.to(scores.dtype)).softmax(dim=-1)
         return torch.matmul(weights, v)

@@ -60,7 +60,8 @@ class GridReader(nn.Module):
         offsets = torch.zeros_like(absent, dtype=keys.dtype).masked_fill(absent, ABSENT)
         first = tokens[torch.arange(len(tokens), device=tokens.device), present.int().argmax(1)]
         leader = first.masked_fill(~present.any(1)[:, None, None], 0)
-        return Grids(keys, offsets, values.masked_fill(absent.transpose(-1, -2), 0), leader)
+        values = values.masked_fill(absent.transpose(-1, -2), 0)
+        return Grids(keys.contiguous(), offsets, values.contiguous(), leader)  # else each layer would copy them
 
 
 class GridAttention(nn.Module):

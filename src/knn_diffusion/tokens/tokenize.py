@@ -25,10 +25,11 @@ class Tokenize:
     Batches have one size, so that an image's tokens do not depend on its company.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, at_once: int = MOST_IMAGES) -> None:
+        """Args: at_once: images of a batch, at most."""
         self.tokenizer = tokenizer
         self.size, self.kind = tokenizer.config.image_size, token_type(tokenizer.vocab_size)
-        self.batch = max(1, min(MOST_IMAGES, MOST_PIXELS // self.size**2))
+        self.batch = max(1, min(at_once, MOST_PIXELS // self.size**2))
 
     def to(self, device: torch.device) -> Tokenize:
         """Work on that device."""

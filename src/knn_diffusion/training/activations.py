@@ -51,16 +51,20 @@ def denoiser_activations(
     pairs = config.heads * (1 + neighbors)
     block = _block(config, pairs, product)
     head = stream * (4 + product)
+    after = _after(config, product)
     loss = logits * (12 if replaces else 4)  # log p; with replaced codes also p and what its logarithm is taken of
-    kept = config.depth * (4 * stream if recomputed else block) + head + loss
+    kept = config.depth * (4 * stream if recomputed else block) + head + after + loss
     kept += config.depth * (2 * config.width * (pairs + neighbors + 1) * product + 6 * config.width * 4)
     kept += _maps(config, neighbors, product) + config.places * config.depth * config.heads * 4
-    if config.patch_size > 1:
+    kept += _grids(config, product)
+    if config.local_width:
+        kept += _before(config, product)
+    elif config.patch_size > 1:
         kept += config.patch_size * stream * product
     gradients = logits * (8 if replaces else 12)
     if recomputed:
         wide = config.mlp_ratio * product * (2 if config.sigmoid_gelu else 1)
-        gradients = max(gradients, block + max(16, wide) * stream - head - loss)
+        gradients = max(gradients, block + max(16, wide) * stream - head - after - loss)
     copies, rows = 2 * _matrices(config) if bfloat16 else 0, _traits(config, bfloat16)
     return Activations(
         made=copies + rows,
@@ -86,9 +90,28 @@ def _maps(config: DenoiserConfig, neighbors: int, product: int) -> int:
     return config.places * (slots * channels * product + len({0, config.depth // 2}) * reader)
 
 
+def _before(config: DenoiserConfig, product: int) -> int:
+    """The block of single tokens before the transformer, for the image and each grid, and what is merged of it."""
+    return 6 * (1 + config.grid_neighbors) * config.seq * config.local_width * product
+
+
+def _after(config: DenoiserConfig, product: int) -> int:
+    """The blocks of single tokens after it, the leader's tokens, and the head's norm."""
+    each = 7 * config.local_blocks + 2 + min(1, config.grid_neighbors)
+    return each * config.seq * config.local_width * product
+
+
+def _grids(config: DenoiserConfig, product: int) -> int:
+    """Keys and values of the grids and the norm before them, and what their readers keep."""
+    stream, cells = config.places * config.width, config.grid_neighbors * config.places
+    reader = stream * (4 + 3 * product) + config.heads * config.places * cells * product
+    return 4 * cells * config.width * product + config.grid_layers * reader
+
+
 def _traits(config: DenoiserConfig, bfloat16: bool) -> int:
     """The rows that are made of the codes' traits, for the token table and the head."""
-    rows = config.vocab_size * config.width * (config.patch_size**2 + 1) if config.code_dim else 0
+    widths = 2 * config.local_width or config.width * (config.patch_size**2 + 1)
+    rows = config.vocab_size * widths if config.code_dim else 0
     return rows * (6 if bfloat16 else 4)
 
 
@@ -98,4 +121,9 @@ def _matrices(config: DenoiserConfig) -> int:
     block = width * width * (4 + 2 + 2 * config.mlp_ratio) + 2 * width * dim
     step = 0 if config.step_table else 4 * width * config.step_width
     maps = dim * config.places * (config.map_width + config.map_width // KEYS_PER_VALUE)
-    return config.depth * (block + step) + config.patch_size**2 * config.vocab_size * width + maps
+    head = (
+        config.patch_size**2 * width * (2 * config.local_width or config.vocab_size)
+    )  # merged and unmerged, or predicted
+    head += config.local_width * (config.vocab_size + config.local_width * (2 + 4 * config.local_blocks))
+    grids = 2 * width * width * (min(1, config.grid_neighbors) + config.grid_layers)
+    return config.depth * (block + step) + head + maps + grids

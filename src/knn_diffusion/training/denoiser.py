@@ -100,7 +100,7 @@ class DenoiserObjective:
         self.step_sampler = StepSampler(run.schedule.num_steps, run.step_sampling)
         steps = min(16, run.schedule.num_steps)
         self.sampler = SamplerConfig(num_steps=steps, order="halton", guidance_scale=1.5)
-        self.k, self.query_weight = max(1, run.conditioning.k), 1.0
+        self.k, self.query_weight, self.agreement = max(1, run.conditioning.k), 1.0, 0.0
         self.network: nn.Module = self.denoiser
         self.predict: nn.Module = self.denoiser
         self.modules: nn.Module = nn.ModuleDict({"denoiser": self.denoiser, "step_sampler": self.step_sampler})
@@ -210,7 +210,8 @@ class DenoiserObjective:
         Raises: FingerprintError when it was trained with another encoder; ConfigError when its shape differs.
         """
         folder, drawing = model / "denoiser", read_pipeline_file(model)
-        self.sampler, self.k, self.query_weight = drawing.sampler, drawing.k, drawing.query_weight
+        self.sampler, self.k = drawing.sampler, drawing.k
+        self.query_weight, self.agreement = drawing.query_weight, drawing.agreement
         trained, schedule, facts = load_denoiser(folder)
         if facts.get("encoder") != self.encoder_fingerprint:
             raise FingerprintError(
@@ -242,6 +243,7 @@ class DenoiserObjective:
             sampler=self.sampler,
             k=self.k,
             query_weight=self.query_weight,
+            agreement=self.agreement,
             facts=dict(facts),
         )
 

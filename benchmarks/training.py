@@ -1,6 +1,6 @@
 """Claim: on one GPU at the paper's size training reaches 45 % of the machine's matrix-product rate, and waits for data under 2 %.
 
-    python benchmarks/training.py [--size tiny|small|paper] [--batch 8] [--set parallel=fsdp …] [--steps 5] [--json]
+    python benchmarks/training.py [--size tiny|small|stickers|paper] [--batch 8] [--set parallel=fsdp …] [--steps 5] [--json]
     torchrun --standalone --nproc-per-node 8 benchmarks/training.py --size paper --batch 256
 
 Whole steps of the training loop are measured on random data that lies on the disk as that of a run does, in the page cache: the batch is
@@ -69,9 +69,9 @@ def random_data(config: DenoiserConfig, items: int, neighbors: int, folder: Path
         )
         tokens.close(f"{start:012}", UnitFacts(files=[], parts=[part], skipped=[]))
     lists = rng.integers(0, items, (items, neighbors), dtype=np.int32)
-    return DenoiserData(
-        examples=tokens.examples(), items=np.arange(items), neighbors=lists, table=FrozenIndex(store, OFF)
-    )
+    every = np.arange(items)
+    read = {"grid_m": config.grid_neighbors, "grid_rows": every} if config.grid_neighbors else {}
+    return DenoiserData(examples=tokens.examples(), items=every, neighbors=lists, table=FrozenIndex(store, OFF), **read)
 
 
 def objective_of(config: DenoiserConfig, training: TrainingConfig, data: DenoiserData) -> DenoiserObjective:

@@ -39,6 +39,7 @@ LAYERS = {
     "tokens": 3,
     "image_index": 4,
     "model_folder": 4,
+    "neighbor_tokens": 4,
     "request": 4,
     "convert": 4,
     "pipeline": 5,

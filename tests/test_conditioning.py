@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from knn_diffusion.diffusion.conditioning import (
+    agreeing,
     drop_condition,
     drop_query,
     lafite_noise,
     lead_with,
+    led_in_turn,
     make_condition,
     null_condition,
     replace_first_neighbor,
@@ -123,6 +125,24 @@ def test_another_neighbor_leads_in_y_and_among_the_grids() -> None:
     assert torch.equal(led.y, condition.y[:, [0, 2, 1, 3]])
     assert torch.equal(led.grids, condition.grids[:, [1, 0]])
     assert torch.equal(lead_with(condition, 0).y, condition.y)
+
+
+def test_neighbors_with_grids_lead_in_turn() -> None:
+    condition = with_grids(batch=1, m=3)
+    partly = replace(condition, grids_present=torch.tensor([[True, False, True]]))
+    for number, leader in enumerate([0, 2, 0, 2]):
+        assert torch.equal(led_in_turn(partly, number).grids, lead_with(partly, leader).grids)
+    nobody = replace(condition, grids_present=torch.zeros(1, 3, dtype=torch.bool))
+    assert led_in_turn(nobody, 1) is nobody
+    assert led_in_turn(example(), 1).grids is None
+
+
+def test_neighbors_agree_by_the_cosine_of_the_coordinates_that_are_compared() -> None:
+    neighbors = torch.tensor([[[1.0, 0.0, 9.0], [1.0, 1.0, -9.0], [0.0, 1.0, 9.0], [1.0, 0.0, 9.0]]])
+    present = torch.tensor([[True, True, True, False]])
+    assert agreeing(neighbors, present, 0.7, 2).tolist() == [[True, True, False, False]]
+    assert agreeing(neighbors, present, 0.72, 2).tolist() == [[True, False, False, False]]
+    assert agreeing(neighbors, present, 0.9, 0).tolist() == [[True, False, True, False]]
 
 
 def test_rows_of_a_condition_can_be_picked_repeated_and_joined() -> None:

@@ -325,3 +325,12 @@ def test_the_log_tells_how_long_the_run_has_waited_for_its_data(tmp_path: Path) 
     waited = [line["minutes_waited"] for line in lines if "minutes" in line]
     assert waited == sorted(waited)
     assert 0.5 / 60 <= waited[-1] <= lines[-2]["minutes"] + 0.001
+
+
+def test_muon_needs_matrices_between_hidden_layers_and_whole_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match="weight matrices between hidden layers for Muon, the fit names none: leave out"
+    ):
+        train(Line(), Points(), settings(optimizer="muon"), tmp_path)
+    with pytest.raises(ConfigError, match="optimizer must be adamw with fsdp: Muon needs whole matrices, got 'muon'"):
+        settings(optimizer="muon", parallel="fsdp")

@@ -107,7 +107,7 @@ def data(settings: ConditioningConfig | None, **changes: object) -> DenoiserData
 def test_grids_are_the_tokens_of_the_first_neighbors_that_are_among_the_examples() -> None:
     batch = data(None).batch(torch.arange(8), seeded())
     assert batch["grids"][5, :, 0].tolist() == [6, 7]
-    assert batch["grids_present"].tolist() == [[True, True]] * 6 + [[False, False], [False, True]]
+    assert batch["grids_present"].tolist() == [[True, True]] * 6 + [[True, False], [False, False]]
     assert batch["neighbors"].shape == (8, 4, 2)
 
 

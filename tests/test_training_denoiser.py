@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_world import GRID, SIZE, build_model, draw_pictures
+from tiny_world import GRID, GRIDS, SIZE, build_model, draw_pictures
 
 from knn_diffusion import ImageIndex
 from knn_diffusion.config import from_dict
@@ -243,3 +243,45 @@ def test_a_model_that_goes_on_from_another_draws_as_that_one_did(world: Path, tm
         train_denoiser(tiny_run(world), [world / "pictures"], index, options, init=tmp_path / "start")
     made = load_model(tmp_path / "run" / "model")
     assert (made.sampler, made.k, made.query_weight) == (sampler, 3, 0.5)
+
+
+def test_a_denoiser_of_grids_trains_by_muon_previews_and_goes_on_exactly(world: Path, tmp_path: Path) -> None:
+    run = tiny_run(world)
+    settings = {
+        "candidates": 4,
+        "neighbor_dropout": 0.2,
+        "skip_nearest": 0.3,
+        "shuffle_leader": 0.3,
+        "style_leader": 0.3,
+        "grid_dropout": 0.2,
+        "grid_shift": 1,
+    }
+    training = {"optimizer": "muon", "final_learning_rate": 1e-3, "validate_every": 2, "checkpoint_every": 2}
+    run = replace(
+        run,
+        denoiser=replace(run.denoiser, **GRIDS),
+        conditioning=replace(run.conditioning, k=3, **settings),
+        training=replace(run.training, **training),
+    )
+
+    def reach(num_steps: int, output: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)  # the weights that a run begins with
+        whole = replace(run, training=replace(run.training, num_steps=num_steps))
+        options = RunOptions(output=output, resume=resume, device="cpu")
+        with ImageIndex.open(world / "model" / "index", read_only=True) as index:
+            train_denoiser(whole, [world / "pictures"], index, options, tokenizer=world / "model" / "tokenizer")
+        return load_model(output / "model").denoiser.state_dict()
+
+    never_stopped = reach(4, tmp_path / "whole")
+    before = reach(2, tmp_path / "parts")
+    resumed = reach(4, tmp_path / "parts", resume=True)
+    assert all(torch.equal(never_stopped[name], resumed[name]) for name in never_stopped)
+    name = "blocks.0.mlp_in.weight"  # which Muon moves
+    assert not torch.equal(before[name], resumed[name])
+    assert len(list((tmp_path / "parts" / "previews").iterdir())) == 2
+
+
+def test_fewer_neighbors_than_grids_are_refused(world: Path) -> None:
+    run = tiny_run(world)
+    with pytest.raises(ConfigError, match="conditioning.k must be at least grid_neighbors, 3, got 2"):
+        replace(run, denoiser=replace(run.denoiser, **GRIDS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,12 @@ def tiny_encoder(seed: int = 0, name: str = "tiny") -> SmallJointEncoder:
         return SmallJointEncoder(SmallEncoder(small), sentences, name)
 
 
-def build_model(folder: Path, pictures: Path | None = None, seed: int = 0) -> Path:
-    """A model folder with all parts; with pictures also an index of them."""
+GRIDS = {"patch_size": 2, "local_width": 8, "local_blocks": 1, "grid_neighbors": 3, "grid_layers": 1}
+"""Options of a denoiser that reads its neighbors' tokens."""
+
+
+def build_model(folder: Path, pictures: Path | None = None, seed: int = 0, **options: int) -> Path:
+    """A model folder with all parts; with pictures also an index of them. Options are the denoiser's."""
     save_encoder(tiny_encoder(seed), folder / "encoder")
     encoder = load_encoder(folder / "encoder")  # rests rounded, so only the saved one has the final fingerprint
     with torch.random.fork_rng():
@@ -84,8 +89,18 @@ def build_model(folder: Path, pictures: Path | None = None, seed: int = 0) -> Pa
         tokenizer = VQGAN(
             TokenizerConfig(image_size=SIZE, grid=GRID, vocab_size=VOCAB, code_dim=4, channels=8, decoder_blocks=1)
         )
-        config = DenoiserConfig(
-            vocab_size=VOCAB, grid=GRID, width=16, depth=1, heads=2, condition_dim=DIM, num_steps=STEPS, step_width=8
+        config = replace(
+            DenoiserConfig(
+                vocab_size=VOCAB,
+                grid=GRID,
+                width=16,
+                depth=1,
+                heads=2,
+                condition_dim=DIM,
+                num_steps=STEPS,
+                step_width=8,
+            ),
+            **options,  # type: ignore[arg-type]
         )
         denoiser = Denoiser(config)
         # A fresh network predicts nearly the same whatever it is told; here the condition shall matter.

@@ -17,11 +17,13 @@ from knn_diffusion.diffusion.step import Step, reverse_step
 from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig
 from knn_diffusion.models.tokenizer import PAPER as PAPER_TOKENIZER
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
+from knn_diffusion.presets import DENOISERS
 from knn_diffusion.randomness import generator_for
 
 SIZES = {
     "tiny": DenoiserConfig(vocab_size=64, grid=8, width=64, depth=2, heads=4, condition_dim=32, num_steps=100),
     "small": DenoiserConfig(vocab_size=1024, grid=16, width=256, depth=8, heads=4, condition_dim=384, num_steps=100),
+    "stickers": DENOISERS["stickers"].denoiser,
     "paper": PAPER,
 }
 GUIDANCE_SCALE = 8.0

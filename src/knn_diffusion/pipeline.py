@@ -16,7 +16,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar, Unpack, overload
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, Unpack, overload
 
 import torch
 from jaxtyping import Int
@@ -69,6 +69,14 @@ PLACES_AT_ONCE = {"cuda": 2048}
 
 Begin = tuple[Int[Tensor, "1 seq"], int]
 """Where an edit starts: the clean tokens of the reference, and the step they are noised to."""
+
+
+class Retrieved(NamedTuple):
+    """What a prompt finds: y, the neighbors in it, and those that were left out because they disagree with the first."""
+
+    condition: Condition
+    neighbors: NeighborList
+    disagreeing: NeighborList
 
 
 P, R = ParamSpec("P"), TypeVar("R")
@@ -227,9 +235,9 @@ class KnnDiffusion:
     def generate(self, prompt: str, request: Request) -> Output:
         """Algorithm 2."""
         started = time.monotonic()
-        condition, *neighbors = self.retrieve(prompt, request)
-        x_0 = self.draw(condition, range(request.num_images), request)
-        return self._output(prompt, self.decode(x_0), condition, neighbors, request, started)
+        found = self.retrieve(prompt, request)
+        x_0 = self.draw(found.condition, range(request.num_images), request)
+        return self._output(prompt, self.decode(x_0), found, request, started)
 
     @_memory_told
     def edit(
@@ -250,8 +258,9 @@ class KnnDiffusion:
         if not 0 <= strength <= 1:
             raise UsageError(f"expected strength from 0 to 1, got {strength}: 0 leaves the image, 1 starts anew")
         reference = from_array(network_input(open_image(image), self.image_size, alpha=self.tokenizer.alpha))
-        condition, *neighbors = self.retrieve(check_prompt(prompt), request)
+        found = self.retrieve(check_prompt(prompt), request)
         x_0 = self.tokenizer.encode(pixels_from_uint8(to_array(reference)[None]).to(self.device))
+        condition = found.condition
         if not self.model.reads_text:
             condition = replace_first_neighbor(condition, self._embed_image(reference), x_0.cpu())
         trained = self.model.schedule.num_steps
@@ -263,28 +272,24 @@ class KnnDiffusion:
             images = self.decode(
                 self.draw(condition, range(request.num_images), replace(request, sampler=share), begin)
             )
-        return self._output(prompt, images, condition, neighbors, request, started)
+        return self._output(prompt, images, found, request, started)
 
-    def retrieve(self, prompt: str, request: Request) -> tuple[Condition, NeighborList, NeighborList]:
+    def retrieve(self, prompt: str, request: Request) -> Retrieved:
         """Algorithm 2, lines 2-4: the text's embedding and its K nearest images become y (Eq. 5), one row.
 
         For a denoiser of texts it is the states of the text, without any neighbors. For one that reads its neighbors' pictures the
         index's previews give the grids.
 
-        Returns: y; the neighbors in it; those that were left out because they disagree with the first.
         Raises: UsageError when the index holds fewer than k images.
         """
         if self.model.reads_text:
             states = text_states(self.model.encoder, [prompt])
-            nobody = torch.ones(states.shape[:2], dtype=torch.bool)
-            return Condition(y=states, present=nobody), NeighborList(), NeighborList()
+            y = Condition(y=states, present=torch.ones(states.shape[:2], dtype=torch.bool))
+            return Retrieved(y, NeighborList(), NeighborList())
         query = self.model.encoder.encode_texts([prompt])  # 1 dim
         if request.k == 0:
-            return (
-                make_condition(torch.from_numpy(query), torch.zeros(1, 0, query.shape[1])),
-                NeighborList(),
-                NeighborList(),
-            )
+            y = make_condition(torch.from_numpy(query), torch.zeros(1, 0, query.shape[1]))
+            return Retrieved(y, NeighborList(), NeighborList())
         found = self.index.search(query, request.k, exclude_ids=request.exclude_ids, modality="text")
         count = request.k - int(found.shortfall[0])
         ids = found.ids[0][:count]
@@ -301,7 +306,7 @@ class KnnDiffusion:
         agreed = NeighborList(one for one, agrees in zip(neighbors, agree[0], strict=False) if agrees)
         others = NeighborList(one for one, agrees in zip(neighbors, agree[0], strict=False) if not agrees)
         weighed = weigh_query(torch.from_numpy(query), embeddings, request.query_weight)
-        return make_condition(weighed, embeddings, present, *self._grids(agreed)), agreed, others
+        return Retrieved(make_condition(weighed, embeddings, present, *self._grids(agreed)), agreed, others)
 
     def _grids(self, neighbors: NeighborList) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Tokens of the neighbors that the denoiser reads, and which of them there are."""
@@ -434,22 +439,15 @@ class KnnDiffusion:
         return torch.from_numpy(self.model.encoder.encode_images([image]))
 
     def _output(
-        self,
-        prompt: str,
-        images: list[Image.Image],
-        condition: Condition,
-        found: list[NeighborList],
-        request: Request,
-        started: float,
+        self, prompt: str, images: list[Image.Image], found: Retrieved, request: Request, started: float
     ) -> Output:
-        neighbors, disagreeing = found
-        read = None if condition.grids_present is None else int(condition.grids_present.sum())
+        grids = found.condition.grids_present
         return Output(
             prompt=prompt,
             images=images,
-            neighbors=neighbors,
-            disagreeing=disagreeing,
-            shortfall=request.k - len(neighbors) - len(disagreeing),
+            neighbors=found.neighbors,
+            disagreeing=found.disagreeing,
+            shortfall=request.k - len(found.neighbors) - len(found.disagreeing),
             seed=request.seed,
             k=request.k,
             steps=request.sampler.num_steps,
@@ -459,7 +457,7 @@ class KnnDiffusion:
             seconds=round(time.monotonic() - started, 3),
             lead=request.lead,
             agreement=request.agreement,
-            read=read,
+            read=None if grids is None else int(grids.sum()),
         )
 
 

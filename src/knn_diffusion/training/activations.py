@@ -36,7 +36,13 @@ class Activations:
 
 
 def denoiser_activations(
-    config: DenoiserConfig, neighbors: int, *, bfloat16: bool, recomputed: bool, replaces: bool
+    config: DenoiserConfig,
+    neighbors: int,
+    *,
+    bfloat16: bool,
+    recomputed: bool,
+    replaces: bool,
+    masks_only: bool = False,
 ) -> Activations:
     """What a step of training the denoiser takes at once.
 
@@ -45,6 +51,7 @@ def denoiser_activations(
         bfloat16: whether matrix products are computed in it; float32 otherwise.
         recomputed: whether each block keeps its input alone.
         replaces: whether the schedule replaces codes in earnest, which the loss sums over.
+        masks_only: whether it never does, so that the loss looks up one number of each token.
     """
     product = 2 if bfloat16 else 4  # bytes of what a matrix product reads and writes; everything between is float32
     stream, logits = config.places * config.width, config.seq * config.vocab_size
@@ -61,7 +68,7 @@ def denoiser_activations(
         kept += _before(config, product)
     elif config.patch_size > 1:
         kept += config.patch_size * stream * product
-    gradients = logits * (8 if replaces else 12)
+    gradients = logits * (8 if replaces or masks_only else 12)
     if recomputed:
         wide = config.mlp_ratio * product * (2 if config.sigmoid_gelu else 1)
         gradients = max(gradients, block + max(16, wide) * stream - head - after - loss)

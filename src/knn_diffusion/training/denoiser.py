@@ -126,8 +126,9 @@ class DenoiserObjective:
 
     def activations(self, *, bfloat16: bool, recomputed: bool) -> Activations:
         """Counted from the configuration."""
-        config, neighbors, replaces = self.run.denoiser, self.run.conditioning.k, self.run.schedule.replaces
-        return denoiser_activations(config, neighbors, bfloat16=bfloat16, recomputed=recomputed, replaces=replaces)
+        schedule, neighbors = self.run.schedule, self.run.conditioning.k
+        loss = {"replaces": schedule.replaces, "masks_only": schedule.preset == "absorbing"}
+        return denoiser_activations(self.run.denoiser, neighbors, bfloat16=bfloat16, recomputed=recomputed, **loss)
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Lines 4-14 of Algorithm 1 for a batch of images, in nats per token."""

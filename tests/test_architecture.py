@@ -69,6 +69,7 @@ OPTIONAL = (
     "ray",
     "faiss",
     "rich",
+    "resvg_py",
 )
 
 

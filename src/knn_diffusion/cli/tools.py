@@ -28,6 +28,16 @@ class Split(StrEnum):
     ALL = "all"
 
 
+class Purpose(StrEnum):
+    """What a folder of stickers is for."""
+
+    TRAIN = "train"
+    ENCODER = "encoder"
+    INDEX = "index"
+    HELD_OUT = "held-out"
+    HELD_OUT_FAMILY = "held-out-family"
+
+
 @dataset_app.callback()
 def dataset() -> None:
     """Make data sets."""
@@ -39,22 +49,51 @@ def stickers(
         Path, typer.Argument(metavar="DIR", help="New folder, or one to go on with.", show_default=False)
     ],
     *,
-    count: Annotated[int, typer.Option("--count", "-n", help="Pictures to draw.", min=1)] = 10_000,
-    size: Annotated[int, typer.Option("--size", help="Side in pixels.", min=8, max=1024)] = 64,
+    count: Annotated[
+        int | None,
+        typer.Option("--count", "-n", help="Pictures to draw.", min=1, show_default="10000, or as many as --for has"),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Side in pixels.", min=8, max=1024, show_default="64, with --art 128")
+    ] = None,
+    art: Annotated[
+        Path | None, typer.Option("--art", help="Folder of sticker art; default: the colour emoji font.")
+    ] = None,
+    purpose: Annotated[Purpose, typer.Option("--for", help="With --art: what the stickers are for.")] = Purpose.TRAIN,
     split: Annotated[Split, typer.Option("--split", help="Which concepts to draw.")] = Split.TRAIN,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same pictures.")] = 0,
     processes: Annotated[int, typer.Option("--processes", help="Drawing at once.", min=1)] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw sticker scenes from the colour emoji font; captions go to captions.jsonl, for evaluation only.
+    """Draw sticker scenes, from the colour emoji font or from a folder of art; captions go to captions.jsonl.
 
-    Example: knn-diffusion dataset stickers data/stickers --count 20000
+    Example: knn-diffusion dataset stickers data/stickers --art recipes/runs/art --for train
     """
+    from knn_diffusion.stickers.art import open_art
     from knn_diffusion.stickers.dataset import make_dataset
+    from knn_diffusion.stickers.datasets import make_stickers
 
     with progress() as show:
-        made = make_dataset(folder, count, seed=seed, size=size, split=split.value, processes=processes, progress=show)
-    result = {"folder": str(made.absolute()), "count": count, "size": size, "split": split.value, "seed": seed}
+        if art is None:
+            count, size = count or 10_000, size or 64
+            made = make_dataset(
+                folder, count, seed=seed, size=size, split=split.value, processes=processes, progress=show
+            )
+            kind = split.value
+        else:
+            size, kind = size or 128, purpose.value
+            made = make_stickers(
+                folder,
+                purpose.value,
+                open_art(art),
+                count=count,
+                seed=seed,
+                size=size,
+                processes=processes,
+                progress=show,
+            )
+            count = sum(1 for _ in made.glob("*.png"))
+    result = {"folder": str(made.absolute()), "count": count, "size": size, "split": kind, "seed": seed}
     answer(result, as_json, lambda: iter([f"{count:,} pictures in {made}"]))
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,27 +16,12 @@ from knn_diffusion.errors import KnnDiffusionError, UsageError
 from knn_diffusion.progress import Progress
 from knn_diffusion.stickers.concepts import Split, split_digest
 from knn_diffusion.stickers.drawing import draw
+from knn_diffusion.stickers.filling import chunks, finish_folder, open_folder, spread, write_text
 from knn_diffusion.stickers.glyphs import FolderGlyphs, FontGlyphs
 from knn_diffusion.stickers.scenes import Scene, caption, sample_scenes
 
 NamedGlyphs = FontGlyphs | FolderGlyphs
 """Sources that other processes can open again and that have a digest."""
-
-CHUNK = 250
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
-    return [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-
-
-def _spread(work: Callable[[T], R], jobs: Sequence[T], processes: int) -> Iterator[R]:
-    if processes <= 1 or len(jobs) <= 1:
-        yield from map(work, jobs)
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(work, jobs)
 
 
 def _draw_chunk(scenes: Sequence[Scene], size: int, glyphs: NamedGlyphs) -> UInt8[np.ndarray, "n height width 3"]:
@@ -59,7 +42,7 @@ def render_array(
     source = FontGlyphs() if glyphs is None else glyphs
     pixels = np.empty((len(scenes), size, size, 3), np.uint8)
     done = 0
-    for chunk in _spread(functools.partial(_draw_chunk, size=size, glyphs=source), _chunks(scenes), processes):
+    for chunk in spread(functools.partial(_draw_chunk, size=size, glyphs=source), chunks(scenes), processes):
         pixels[done : done + len(chunk)] = chunk
         done += len(chunk)
         if progress is not None:
@@ -103,7 +86,7 @@ def make_dataset(
         raise UsageError(f"expected at least 1 picture, got {count}: give a larger count")
     place = Path(folder)
     try:
-        if _open_folder(place, facts):
+        if open_folder(place, facts):
             return place
         _fill_folder(place, facts, source, processes, progress)
     except OSError as error:
@@ -114,39 +97,13 @@ def make_dataset(
     return place
 
 
-def _write(path: Path, text: str) -> None:
-    from knn_diffusion.checkpoint import atomic_write_bytes  # here, so that drawing processes load no torch
-
-    atomic_write_bytes(path, text.encode("utf-8"))
-
-
-def _open_folder(place: Path, facts: dict[str, Any]) -> bool:
-    """Whether the data set is there and finished; claims an empty folder by the file `unfinished.json`."""
-    place.mkdir(parents=True, exist_ok=True)
-    for name, finished in (("dataset.json", True), ("unfinished.json", False)):
-        if (place / name).exists():
-            try:
-                found = json.loads((place / name).read_text(encoding="utf-8"))
-            except ValueError:
-                found = None
-            if found != facts:
-                raise UsageError(
-                    f"expected an empty folder or the same data set, {place} holds another: choose another folder"
-                )
-            return finished
-    if any(place.iterdir()):
-        raise UsageError(f"expected an empty folder, {place} holds other files: choose another folder")
-    _write(place / "unfinished.json", json.dumps(facts, indent=2) + "\n")
-    return False
-
-
 def _fill_folder(
     place: Path, facts: dict[str, Any], source: NamedGlyphs, processes: int, progress: Progress | None
 ) -> None:
     scenes = sample_scenes(facts["count"], facts["seed"], facts["split"], source)
     work = functools.partial(_write_chunk, folder=place, size=facts["size"], glyphs=source)
     done = 0
-    for written in _spread(work, _chunks(list(enumerate(scenes))), processes):
+    for written in spread(work, chunks(list(enumerate(scenes))), processes):
         done += written
         if progress is not None:
             progress("drawing stickers", done, len(scenes))
@@ -154,6 +111,5 @@ def _fill_folder(
         json.dumps({"file": f"{number:07d}.png", "caption": caption(scene), **asdict(scene)}, ensure_ascii=False) + "\n"
         for number, scene in enumerate(scenes)
     )
-    _write(place / "captions.jsonl", "".join(lines))
-    _write(place / "dataset.json", json.dumps(facts, indent=2) + "\n")
-    (place / "unfinished.json").unlink()
+    write_text(place / "captions.jsonl", "".join(lines))
+    finish_folder(place, facts)

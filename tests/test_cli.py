@@ -29,6 +29,7 @@ from knn_diffusion.errors import UsageError
 from knn_diffusion.images import open_image, read_settings, square
 from knn_diffusion.retrieval.dedup import DedupConfig
 from knn_diffusion.retrieval.drift import Drift
+from knn_diffusion.retrieval.store import Store
 from knn_diffusion.training.options import StepProgress
 
 
@@ -318,9 +319,33 @@ def test_index_info_says_size_rule_and_whether_it_changes(run: Any, index: Path,
     told = run("index", "info", index).out
     assert re.search(r"^bytes: [\d,]+ \([\d.]+ kB\)$", told, re.M)
     assert "copies: cosine above 0.93 or small pictures within 2 levels\n" in told
+    assert "framing: trim-15/16\npreviews: 128 pixels\n" in told
     assert "read_only: False (images can be added and removed)\n" in told
     assert "read_only: True (additions and removals are refused)\n" in run("index", "info", tmp_path / "sealed").out
     assert run("index", "info", index, "--json").json["read_only"] is False
+
+
+def test_index_build_and_info_say_how_pictures_are_framed(run: Any, model: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "art"
+    pictures.mkdir()
+    drawn = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    drawn.paste((255, 255, 255, 255), (10, 10, 30, 30))
+    drawn.save(pictures / "white.png")
+    build = ("index", "build", pictures, "--encoder", model / "encoder", "--output")
+    assert run(*build, tmp_path / "one").out.endswith(f"1 images in {tmp_path / 'one'}, framing trim-15/16\n")
+    assert run(*build, tmp_path / "two", "--json").json["framing"] == "trim-15/16"
+    told = run("index", "info", tmp_path / "one", "--json").json
+    assert (told["framing"], told["preview_side"]) == ("trim-15/16", 128)
+    with Store.open(tmp_path / "one") as store, store.live.transaction() as change:
+        change.database.execute("DELETE FROM settings WHERE name IN ('framing', 'preview_side')")
+    old = "framing: none, it was built before pictures were framed\npreviews: 64 pixels\n"
+    assert old in run("index", "info", tmp_path / "one").out
+    with ImageIndex.open(tmp_path / "two") as opened:
+        shown = opened.preview(opened.ids[0])
+    assert shown is not None
+    assert shown.mode == "RGBA"
+    assert shown.getpixel((64, 64)) == (255, 255, 255, 255)
+    assert shown.getchannel("A").getpixel((1, 1)) == 0
 
 
 def test_index_failures(run: Any, index: Path, model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tiny_encoder import tiny_encoder, tiny_tokenizer
 
 from knn_diffusion import images
 from knn_diffusion.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from knn_diffusion.errors import CheckpointError, ConfigError, MissingDependencyError, UsageError
+from knn_diffusion.errors import CheckpointError, ConfigError, ImageError, MissingDependencyError, UsageError
 from knn_diffusion.models import encoders
 from knn_diffusion.models.encoders import JointEncoder, SmallJointEncoder, load_encoder, save_encoder
 from knn_diffusion.models.fixed_batches import IMAGES_AT_ONCE
@@ -110,6 +110,11 @@ def test_a_transparent_picture_is_seen_on_white_and_a_white_one_on_grey(encoder:
     for colour, ground in (((200, 30, 30), (255, 255, 255)), ((255, 255, 255), (128, 128, 128))):
         seen = sticker(colour, (64, 64), (2, 12))
         np.testing.assert_array_equal(*encoder.encode_images([seen, images.on_ground(images.frame(seen, 16), ground)]))
+
+
+def test_a_picture_that_is_transparent_everywhere_has_no_vector(encoder: JointEncoder) -> None:
+    with pytest.raises(ImageError, match="all transparent"):
+        encoder.encode_images([sticker((200, 30, 30), (64, 44), (2, 1)), Image.new("RGBA", (20, 20), (200, 0, 0, 3))])
 
 
 def test_a_saved_encoder_keeps_its_vectors_and_its_fingerprint(encoder: JointEncoder, tmp_path: Path) -> None:

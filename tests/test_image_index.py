@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import shutil
 import threading
@@ -18,14 +19,17 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from knn_diffusion import images
 from knn_diffusion.errors import FingerprintError, ImageError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.image_index import AddReport, ImageIndex, content_digest, embedding, ingest, shared
 from knn_diffusion.image_index import encoder as encoder_module
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
+from knn_diffusion.retrieval.items import preview_crc
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
+from knn_diffusion.retrieval.store import Store
 
 NAMES = {
     "red": (220, 30, 30),
@@ -63,6 +67,14 @@ def picture(seed: int, size: int = 20) -> Image.Image:
     random = np.random.default_rng(seed)
     cells = np.array(list(NAMES.values())[seed % 4]) + random.integers(-90, 90, (4, 4, 3))
     return Image.fromarray(cells.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+
+
+def sticker(colour: tuple[int, int, int]) -> Image.Image:
+    """A disc with a hole, on nothing, off centre."""
+    drawn = Image.new("RGBA", (150, 100), (0, 0, 0, 0))
+    ImageDraw.Draw(drawn).ellipse((80, 10, 140, 70), fill=(*colour, 255))
+    ImageDraw.Draw(drawn).ellipse((100, 30, 120, 50), fill=(0, 0, 0, 0))
+    return drawn
 
 
 @pytest.fixture
@@ -112,19 +124,107 @@ def test_facts_say_what_the_index_is(photos: Path, tmp_path: Path) -> None:
         assert index.embeddings.dtype == np.float16
 
 
-def test_previews_are_small_pictures_and_optional(tmp_path: Path) -> None:
-    image = Image.new("RGB", (400, 200), NAMES["red"])
-    with ImageIndex.build([image], None, ENCODER) as index:
-        shown = index.preview(index.ids[0])
+def test_previews_are_framed_pictures_and_optional() -> None:
+    photo, drawn = picture(2, 400).crop((0, 0, 400, 200)), sticker(NAMES["red"])
+    with ImageIndex.build([photo, drawn], None, ENCODER) as index:
+        for one, mode in ((photo, "RGB"), (drawn, "RGBA")):
+            shown = index.preview(id_of(one))
+            assert shown is not None
+            assert (shown.mode, shown.size) == (mode, (128, 128))
+            expected, seen = (images.on_ground(each, (0, 0, 0)) for each in (images.frame(one, 128), shown))
+            assert np.abs(np.asarray(seen).astype(int) - np.asarray(expected)).mean() < 6
+        shown = index.preview(id_of(drawn))
         assert shown is not None
-        assert shown.size == (64, 32)
-        assert np.abs(np.asarray(shown).astype(int) - NAMES["red"]).max() < 12
+        assert shown.getchannel("A").tobytes() == images.frame(drawn, 128).getchannel("A").tobytes()
         index.add([picture(1)], previews=False)
         assert index.preview(id_of(picture(1))) is None
         with pytest.raises(
             UsageError, match="expected the id of an image in the index in memory, got 'x': search to see its ids"
         ):
             index.preview("x")
+
+
+def edited(folder: Path, statement: str, values: tuple[object, ...] = ()) -> None:
+    """Change the database of an index as another program might write it."""
+    with Store.open(folder) as store, store.live.transaction() as change:
+        change.database.execute(statement, values)
+
+
+def test_an_index_of_before_keeps_the_size_of_its_previews(tmp_path: Path) -> None:
+    ImageIndex.build([picture(1)], tmp_path / "index", ENCODER).close()
+    edited(tmp_path / "index", "DELETE FROM settings WHERE name IN ('framing', 'preview_side')")
+    with ImageIndex.open(tmp_path / "index", ENCODER) as index:
+        index.add([sticker(NAMES["blue"])])
+        shown = index.preview(id_of(sticker(NAMES["blue"])))
+        assert shown is not None
+        assert shown.size == (64, 64)
+        assert (index.info()["framing"], index.info()["preview_side"]) == (None, 64)
+
+
+def webp(size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "WEBP")
+    return buffer.getvalue()
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (png(), "cannot be decoded"),
+        (webp((129, 20)), "it is 129 × 20"),
+        (webp((64, 64))[:40], "cannot be decoded"),
+        (b"no picture", "cannot be decoded"),
+    ],
+)
+def test_what_is_no_preview_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
+    ImageIndex.build([picture(1)], tmp_path / "index", ENCODER).close()
+    edited(tmp_path / "index", "UPDATE previews SET picture = ?, crc32 = ?", (content, preview_crc(0, content)))
+    with (
+        ImageIndex.open(tmp_path / "index", ENCODER) as index,
+        pytest.raises(StoreError, match="expected a preview in WebP of at most 128 pixels") as caught,
+    ):
+        index.preview(index.ids[0])
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["0", "1025", "many", "-3", ""])
+def test_a_size_of_previews_that_cannot_be_is_refused(tmp_path: Path, side: str) -> None:
+    ImageIndex.build([picture(1)], tmp_path / "index", ENCODER).close()
+    edited(tmp_path / "index", "UPDATE settings SET value = ? WHERE name = 'preview_side'", (side,))
+    with (
+        ImageIndex.open(tmp_path / "index", ENCODER) as index,
+        pytest.raises(StoreError, match="expected previews of 1 to 1024 pixels, its setting says"),
+    ):
+        index.preview(index.ids[0])
+
+
+def test_white_art_is_no_copy_of_a_blank() -> None:
+    blank, square, disc = (
+        Image.new("RGB", (64, 64), "white"),
+        *(Image.new("RGBA", (64, 64), (0, 0, 0, 0)) for _ in "ab"),
+    )
+    square.paste((255, 255, 255, 255), (4, 4, 60, 60))
+    ImageDraw.Draw(disc).ellipse((4, 4, 60, 60), fill=(255, 255, 255, 255))
+    alike = ColourEncoder()
+    alike.encode_images = lambda images: alike.encode_texts(["white"] * len(images))  # type: ignore[method-assign]
+    with ImageIndex.build([blank, square, disc], None, alike, rule=DedupConfig(cosine=None, manhattan=8.0)) as index:
+        assert len(index) == 3
+        assert len(index.search_text("white", 3).ids[0]) == 3
+        assert index.search_text("white", 3).shortfall.tolist() == [0]
+
+
+def test_what_is_transparent_everywhere_is_listed_as_unusable() -> None:
+    nothing = Image.new("RGBA", (20, 20), (200, 0, 0, 3))
+    with ImageIndex.build([picture(1), nothing], None, ENCODER) as index:
+        assert index.report is not None
+        assert [(one.source, "all transparent" in one.reason) for one in index.report.skipped] == [("picture 1", True)]
+        assert len(index) == 1
 
 
 def test_images_that_cannot_be_used_are_listed_and_the_rest_is_added(photos: Path, tmp_path: Path) -> None:

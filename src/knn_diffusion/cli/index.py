@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SKIPPED_SHOWN = 10
 SEARCHED = 10
+UNFRAMED = "none, it was built before pictures were framed"
 
 app = typer.Typer(help="Build, change and search the images a model retrieves from.")
 
@@ -142,6 +143,8 @@ def info(index: IndexArgument, *, as_json: JsonOption = False) -> None:
         size, rule, fixed = found["bytes"], found["dedup"], found["read_only"]
         yield from (f"{name}: {found[name]}" for name in ("count", "dim", "encoder", "fingerprint", "engine"))
         yield f"bytes: {size:,} ({readable(size)})"
+        yield f"framing: {found['framing'] or UNFRAMED}"
+        yield f"previews: {found['preview_side']} pixels"
         yield f"copies: {rule_in_words(rule['cosine'], rule['manhattan'])}"
         yield f"read_only: {fixed} ({'additions and removals are refused' if fixed else 'images can be added and removed'})"
 
@@ -269,7 +272,7 @@ def _existing(image: Path | None) -> Path:
 
 
 def _tell(report: AddReport, index: ImageIndex, folder: Path, as_json: bool) -> None:
-    result = {**asdict(report), "index": str(folder.absolute()), "count": len(index)}
+    result = {**asdict(report), "index": str(folder.absolute()), "count": len(index), "framing": index.framing}
     for one in report.skipped[:SKIPPED_SHOWN]:
         say(" ".join(f"skipped {one.source}: {one.reason}".split()))
     if len(report.skipped) > SKIPPED_SHOWN:
@@ -279,6 +282,6 @@ def _tell(report: AddReport, index: ImageIndex, folder: Path, as_json: bool) -> 
 
     def lines() -> Iterator[str]:
         yield f"added {report.added:,}, present before {report.already_present:,}, skipped {len(report.skipped):,}"
-        yield f"{len(index):,} images in {folder}"
+        yield f"{len(index):,} images in {folder}, framing {index.framing or UNFRAMED}"
 
     answer(result, as_json, lines)

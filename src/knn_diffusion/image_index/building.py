@@ -12,7 +12,7 @@ from knn_diffusion.image_index.embedding import Group, embed_groups
 from knn_diffusion.image_index.encoder import IndexEncoder
 from knn_diffusion.image_index.ingest import AddReport, Images, Writer, find_sources
 from knn_diffusion.image_index.metadata_table import Tables, match_tables
-from knn_diffusion.image_index.settings import settle_rule
+from knn_diffusion.image_index.settings import new_store, preview_side, settle_rule
 from knn_diffusion.image_index.tokenizing import Recorder, TokenOutput
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.database import DATABASE
@@ -29,7 +29,7 @@ def begin(path: Path | None, encoder: EncoderIdentity, *, resume: bool) -> Store
     """
     if resume and path is not None and (store := _interrupted(path)) is not None:
         return store
-    store = Store.create(path, encoder)
+    store = new_store(path, encoder)
     store.set_setting(BUILDING, "yes")
     return store
 
@@ -84,10 +84,11 @@ def add(
         writer.report.already_present += len(found) - sum(len(group.images) for group in groups)
     total, told = sum(len(group.images) for group in groups), progress or (lambda what, done, total: None)
     told("adding images", 0, total)
+    side = preview_side(store) if previews else None
     if ray is None:
-        outcomes = embed_groups(groups, encoder.load(), previews, writer.known, tokenize)
+        outcomes = embed_groups(groups, encoder.load(), side, writer.known, tokenize)
     else:
-        outcomes = embed_on_ray(groups, encoder.load(), store, previews, ray, tokenize)
+        outcomes = embed_on_ray(groups, encoder.load(), store, side, ray, tokenize)
     with closing(outcomes):
         try:
             for number, outcome in enumerate(outcomes, 1):

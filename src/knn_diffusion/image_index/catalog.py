@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Int, UInt64
 from PIL import Image
 
-from knn_diffusion.errors import UsageError
+from knn_diffusion.errors import StoreError, UsageError
+from knn_diffusion.image_index.settings import preview_side
 from knn_diffusion.retrieval.metadata import Value
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
@@ -51,9 +52,26 @@ def metadata(store: Store, wanted: Sequence[str]) -> list[dict[str, Value]]:
 
 
 def preview(store: Store, wanted: str) -> Image.Image | None:
-    """The small picture of an image, None when it has none. Raises: UsageError for an unknown id."""
+    """The small picture of an image in RGB or RGBA, None when it has none.
+
+    Raises: UsageError for an unknown id; StoreError when what is stored is no preview of this index.
+    """
     content = store.consistently(lambda now: store.preview(int(_rows(store, [wanted], now)[0]), now))
-    return Image.open(io.BytesIO(content)).convert("RGB") if content is not None else None
+    return _opened_preview(content, preview_side(store), f"{store.name}, {wanted}") if content is not None else None
+
+
+def _opened_preview(content: bytes, side: int, name: str) -> Image.Image:
+    """Believes nothing: an index may come from anybody."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("WEBP",)) as opened:
+            if max(opened.width, opened.height) <= side:
+                return opened.convert("RGBA" if opened.mode == "RGBA" else "RGB")
+            problem = f"is {opened.width} × {opened.height}"
+    except Exception as error:  # decoders raise anything at all on damaged files
+        problem = f"cannot be decoded ({' '.join(str(error).split())[:100]})"
+    raise StoreError(
+        f"{name}: expected a preview in WebP of at most {side} pixels, it {problem}: restore a copy or build the index again"
+    )
 
 
 def digest(store: Store, snapshot: Snapshot, also: object) -> str:

@@ -97,8 +97,8 @@ class Attempts:
 class Worker:
     """A process of the pool, in the caller's folder if it can see that, so that relative paths mean the same."""
 
-    def __init__(self, attempts: Any, shared: Sequence[Any], folder: str, previews: bool, on_gpu: bool) -> None:
-        self.ray, self.attempts, self.previews = _imported(), attempts, previews
+    def __init__(self, attempts: Any, shared: Sequence[Any], folder: str, side: int | None, on_gpu: bool) -> None:
+        self.ray, self.attempts, self.side = _imported(), attempts, side
         self.encoder, self.tokenize = self.ray.get(shared[0])
         if on_gpu:
             self.encoder.to("cuda")
@@ -116,7 +116,7 @@ class Worker:
             return [Skipped(source=one.source, reason=DEADLY) for one in chunk.images]
         try:
             tokenize = self.tokenize if chunk.tokenized else None
-            return list(embed(chunk.images, self.encoder, self.previews, chunk.is_known, tokenize))
+            return list(embed(chunk.images, self.encoder, self.side, chunk.is_known, tokenize))
         except Exception as error:  # returned, as Ray would wrap it until nobody knows what it said
             return _failure(error)
 
@@ -125,7 +125,7 @@ def embed_on_ray(
     groups: Sequence[Group],
     encoder: JointEncoder,
     store: Store,
-    previews: bool,
+    side: int | None,
     settings: RayConfig,
     tokenize: Tokenize | None = None,
 ) -> Generator[Outcome, None, None]:
@@ -158,7 +158,7 @@ def embed_on_ray(
             for start in range(0, len(group.images), size)
         ]
         chunks = [_chunk(number, piece, contents) for number, piece in enumerate(pieces)]
-        yield from _spread(ray, chunks, (encoder, tokenize), previews, workers, settings.gpus_per_worker)
+        yield from _spread(ray, chunks, (encoder, tokenize), side, workers, settings.gpus_per_worker)
 
 
 def _chunk(number: int, group: Group, contents: Mapping[str, str]) -> Chunk:
@@ -290,7 +290,7 @@ def _spread(
     ray: Any,
     chunks: Sequence[Chunk],
     networks: tuple[JointEncoder, Tokenize | None],
-    previews: bool,
+    side: int | None,
     workers: int,
     gpus: float,
 ) -> Iterator[Outcome]:
@@ -302,7 +302,7 @@ def _spread(
     with ray.data.DataContext.current(context):
         outcomes = ray.data.from_items([{"chunk": one} for one in chunks], override_num_blocks=len(chunks)).map_batches(
             Worker,
-            fn_constructor_args=(attempts, shared, os.getcwd(), previews, gpus > 0),
+            fn_constructor_args=(attempts, shared, os.getcwd(), side, gpus > 0),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(chunks))),
             num_cpus=1,

@@ -20,7 +20,7 @@ from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES
 from knn_diffusion.retrieval.store import Item
 
-PREVIEW_SIZE = 64
+PREVIEW_QUALITY = 80
 ENCODE_IMAGES, ENCODE_PIXELS, ENTRIES = 64, 48_000_000, 512
 """Decoded images held at once: at most so many, and about so many pixels; and outcomes that wait for them."""
 DECODERS = 4
@@ -66,17 +66,18 @@ MakeTokens = Callable[[Sequence[Image.Image]], np.ndarray]
 def embed(
     sources: Iterable[SourceImage],
     encoder: JointEncoder,
-    previews: bool,
+    side: int | None,
     is_known: IsKnown,
     tokenize: MakeTokens | None = None,
 ) -> Generator[Outcome, None, None]:
     """What becomes of each image, in their order.
 
     Args:
+        side: pixels across a preview, None for no previews.
         is_known: tells which images need not be encoded, only tokenized.
     """
     batch = _Batch(encoder, tokenize)
-    for read in _read_ahead(sources, previews):
+    for read in _read_ahead(sources, side):
         batch.add(read, is_known)
         if batch.is_full:
             yield from batch.finish()
@@ -95,13 +96,13 @@ class Group:
 def embed_groups(
     groups: Iterable[Group],
     encoder: JointEncoder,
-    previews: bool,
+    side: int | None,
     is_known: IsKnown,
     tokenize: MakeTokens | None = None,
 ) -> Generator[Outcome, None, None]:
     """As `embed`, group after group: an image that repeats one of another group gets tokens of its own."""
     for group in groups:
-        yield from embed(group.images, encoder, previews, is_known, tokenize if group.tokenized else None)
+        yield from embed(group.images, encoder, side, is_known, tokenize if group.tokenized else None)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -128,27 +129,27 @@ class _Held:
         )
 
 
-def _read_ahead(sources: Iterable[SourceImage], previews: bool) -> Iterator[_Held | Skipped]:
+def _read_ahead(sources: Iterable[SourceImage], side: int | None) -> Iterator[_Held | Skipped]:
     """The images in their order, decoded while those before are computed."""
     coming, threads = iter(sources), max(1, min(DECODERS, torch.get_num_threads()))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         begun: deque[Future[_Held | Skipped]] = deque()
-        begun.extend(pool.submit(_read, one, previews) for one in islice(coming, 2 * threads))
+        begun.extend(pool.submit(_read, one, side) for one in islice(coming, 2 * threads))
         while begun:
             read = begun.popleft().result()
-            begun.extend(pool.submit(_read, one, previews) for one in islice(coming, 1))
+            begun.extend(pool.submit(_read, one, side) for one in islice(coming, 1))
             yield read
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _read(source: SourceImage, previews: bool) -> _Held | Skipped:
+def _read(source: SourceImage, side: int | None) -> _Held | Skipped:
     try:
         image = source.load()
         item = Item(source=source.source, key=source.key, content=content_digest(image))
         thumbnail = pictures.averages(image, 8).reshape(THUMBNAIL_VALUES)
-        preview = preview_of(image) if previews else None
+        preview = preview_of(image, side) if side else None
     except Exception as error:  # whatever a decoder raises, the job goes on
         return Skipped(source=source.source, reason=str(error) or type(error).__name__)
     return _Held(source=source, image=image, item=item, thumbnail=thumbnail, preview=preview)
@@ -210,10 +211,8 @@ def content_digest(image: Image.Image) -> str:
     return hashlib.sha256(f"{rgb.width}x{rgb.height};".encode() + rgb.tobytes()).hexdigest()
 
 
-def preview_of(image: Image.Image) -> bytes:
-    """A WebP picture of at most 64 pixels."""
-    small = image.convert("RGB")
-    small.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
+def preview_of(image: Image.Image, side: int) -> bytes:
+    """The framed picture as WebP, `side` pixels across; with its alpha, if something shows through it."""
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=70)
+    pictures.frame(image, side).save(buffer, "WEBP", quality=PREVIEW_QUALITY)
     return buffer.getvalue()

@@ -9,7 +9,7 @@ from pathlib import Path
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
 from knn_diffusion.image_index.building import filling
 from knn_diffusion.image_index.encoder import NOT_AT_HAND, AnyEncoder, identity_of, keep_place, loaded
-from knn_diffusion.image_index.settings import settle_rule
+from knn_diffusion.image_index.settings import new_store, settle_rule
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.database import DATABASE
 from knn_diffusion.retrieval.interchange import ImportReport, VectorFiles, import_vectors
@@ -70,7 +70,7 @@ def store_for(files: VectorFiles, path: Path, claim: Claim) -> Store:
     """
     identity = _identity(files, claim)
     there = (path / DATABASE).is_file()
-    store = _existing(path, identity, claim) if there else Store.create(path, identity)
+    store = _existing(path, identity, claim) if there else new_store(path, identity)
     keep_place(store, claim.encoder)
     return store
 

@@ -14,6 +14,7 @@ from knn_diffusion.config import to_dict
 from knn_diffusion.errors import StoreError
 from knn_diffusion.image_index import catalog
 from knn_diffusion.image_index.encoder import IndexEncoder
+from knn_diffusion.image_index.settings import preview_side, stored_framing
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.retrieval.dedup import DedupConfig
 from knn_diffusion.retrieval.index import LocalRetriever
@@ -64,6 +65,11 @@ class IndexFacts:
         return self._retriever.rule
 
     @property
+    def framing(self) -> str | None:
+        """Name of the rule by which pictures are framed, None in an index that was built before there was one."""
+        return stored_framing(self._store)
+
+    @property
     def read_only(self) -> bool:
         """Whether changes stay in memory."""
         return self._store.read_only
@@ -97,7 +103,10 @@ class IndexFacts:
         return catalog.metadata(self._store, ids)
 
     def preview(self, id_: str) -> Image.Image | None:
-        """A picture of at most 64 pixels, None when the image was added without. Raises: UsageError for an unknown id."""
+        """The framed picture, RGBA where something shows through it, `preview_side` pixels across; None when added without.
+
+        Raises: UsageError for an unknown id; StoreError when what is stored is no such picture.
+        """
         return catalog.preview(self._store, id_)
 
     def plan(self) -> Plan:
@@ -105,13 +114,15 @@ class IndexFacts:
         return self._retriever.plan()
 
     def info(self) -> dict[str, Any]:
-        """Facts to show: count, dim, encoder, fingerprint, engine, bytes on disk, de-duplication, read_only."""
+        """Facts to show: count, dim, encoder, fingerprint, framing, preview_side, engine, bytes, dedup, read_only."""
         made = self._store.encoder
         return {
             "count": len(self),
             "dim": made.dim,
             "encoder": made.name,
             "fingerprint": made.fingerprint,
+            "framing": self.framing,
+            "preview_side": preview_side(self._store),
             "engine": self.plan().engine,
             "bytes": self._store.bytes_on_disk(),
             "dedup": to_dict(self.rule),

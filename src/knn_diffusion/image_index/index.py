@@ -101,7 +101,7 @@ class ImageIndex(IndexFacts):
             images: folders, files, wildcards, tar shards, parquet tables, or pictures.
             encoder: a joint encoder, or the name or folder of one.
             announce: told how so many images will be searched and what that takes, before the work begins.
-            previews: keep a picture of at most 64 pixels of each image, to show neighbors by.
+            previews: keep a small picture of each image, framed, to show neighbors by.
             rule: when two images count as the same; None takes the encoder's, or calibrates one on these images.
             ray: spread the work over processes or machines. The index is the same, and an interrupted build goes on
                 with the same call.

@@ -1,16 +1,48 @@
-"""How an index is searched, as it is kept with its images: when two count as the same, and how far queries look."""
+"""What is kept with the images of an index: how they are framed and shown, when two count as the same, how far queries look."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from knn_diffusion.config import from_dict, to_dict
+from knn_diffusion.errors import StoreError
+from knn_diffusion.images import FRAMING
 from knn_diffusion.retrieval.dedup import DedupConfig, calibrate, default_rule
 from knn_diffusion.retrieval.plan import IndexConfig
-from knn_diffusion.retrieval.store import Store
+from knn_diffusion.retrieval.store import EncoderIdentity, Store
 
 RULE, REACH = "dedup", "reach"
 BEFORE_CALIBRATION = DedupConfig(cosine=0.98)
+FRAMED, PREVIEW_SIDE = "framing", "preview_side"
+NEW_SIDE, EARLIER_SIDE, LARGEST_SIDE = 128, 64, 1024
+"""Sides of previews in pixels: in new indexes, in those that keep no setting, and the largest that is believed."""
+
+
+def new_store(path: Path | None, encoder: EncoderIdentity) -> Store:
+    """A new store, in memory for no path, that knows how its pictures are framed and how large its previews are."""
+    store = Store.create(path, encoder)
+    store.set_setting(FRAMED, FRAMING)
+    store.set_setting(PREVIEW_SIDE, str(NEW_SIDE))
+    return store
+
+
+def stored_framing(store: Store) -> str | None:
+    """Name of the rule by which the pictures are framed, None in an index that was built before there was one."""
+    return store.setting(FRAMED)
+
+
+def preview_side(store: Store) -> int:
+    """Side of the store's previews in pixels. Raises: StoreError when the setting is none."""
+    stored = store.setting(PREVIEW_SIDE)
+    if stored is None:
+        return EARLIER_SIDE
+    if not stored.isdecimal() or not 1 <= int(stored) <= LARGEST_SIDE:
+        raise StoreError(
+            f"{store.name}: expected previews of 1 to {LARGEST_SIDE} pixels, its setting says {stored[:20]!r}: restore a "
+            "copy or build the index again"
+        )
+    return int(stored)
 
 
 def stored_rule(store: Store) -> DedupConfig:

@@ -169,7 +169,7 @@ def tokenize_units(
         def is_known(source: SourceImage, content: str, named: Mapping[str, str] = named) -> str | None:
             return content if store.id_of_content(content) is not None else named.get(source.source)
 
-        for outcome in embed(recorder.images, encoder, False, is_known, tokenize):
+        for outcome in embed(recorder.images, encoder, None, is_known, tokenize):
             done += 1
             if recorder.take(outcome):
                 recorder.keep()

@@ -230,7 +230,7 @@ def test_a_full_database_leaves_the_old_state(tmp_path: Path) -> None:
         writer.execute(f"PRAGMA max_page_count={pages}")
         items, vectors, thumbnails, _ = batch(range(3, 60))
         with pytest.raises(
-            StoreError, match=r"could not be read or written \(.*full\): free space or mend permissions"
+            StoreError, match=r"could not be read or written \(.*full\): free space or change permissions"
         ):
             store.append(items, vectors, thumbnails, [b"x" * 3000] * 57)
         assert everything(store) == before

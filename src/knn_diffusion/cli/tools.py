@@ -172,7 +172,7 @@ def push(
     """
     from knn_diffusion.hub import check_hub_id
     from knn_diffusion.pipeline import KnnDiffusion
-    from knn_diffusion.retrieval.database import DATABASE
+    from knn_diffusion.retrieval.identity import DATABASE
 
     check_hub_id(repository)
     if (Path(model) / DATABASE).is_file():

@@ -15,7 +15,7 @@ from knn_diffusion.image_index.metadata_table import Tables, match_tables
 from knn_diffusion.image_index.settings import new_store, preview_side, settle_rule
 from knn_diffusion.image_index.tokenizing import Recorder, TokenOutput
 from knn_diffusion.progress import Progress
-from knn_diffusion.retrieval.database import DATABASE
+from knn_diffusion.retrieval.identity import DATABASE
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
 
 BUILDING = "building"

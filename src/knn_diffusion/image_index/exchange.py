@@ -11,7 +11,7 @@ from knn_diffusion.image_index.building import filling
 from knn_diffusion.image_index.encoder import NOT_AT_HAND, AnyEncoder, identity_of, keep_place, loaded
 from knn_diffusion.image_index.settings import new_store, settle_rule
 from knn_diffusion.progress import Progress
-from knn_diffusion.retrieval.database import DATABASE
+from knn_diffusion.retrieval.identity import DATABASE
 from knn_diffusion.retrieval.interchange import ImportReport, VectorFiles, import_vectors
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
 

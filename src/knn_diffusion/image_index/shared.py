@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knn_diffusion.hub import fetch, is_hub_id, part_files
-from knn_diffusion.retrieval.database import DATABASE
+from knn_diffusion.retrieval.identity import DATABASE
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
 FOLDER = "index"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from knn_diffusion.errors import KnnDiffusionError, StoreError
+from knn_diffusion.retrieval.identity import refuse_links
 from knn_diffusion.retrieval.store import Store
 
 
@@ -48,6 +49,7 @@ class Upkeep:
 
 
 def require_writable(store: Store) -> None:
-    """Raise StoreError when changes of the store would stay in memory."""
+    """Raise StoreError when changes of the store would stay in memory, saying why."""
+    refuse_links(store.folder)
     if store.read_only:
         raise StoreError(f"expected an index that can be changed, {store.name} is read-only: save a copy of it")

@@ -10,12 +10,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock, Timeout
 from jaxtyping import Int
 
 from knn_diffusion.errors import KnnDiffusionError, StoreError
@@ -24,13 +25,13 @@ from knn_diffusion.retrieval import manifest
 from knn_diffusion.retrieval.items import item_line
 from knn_diffusion.retrieval.metadata import drop_metadata
 from knn_diffusion.retrieval.segments import SEGMENT_ROWS, THUMBNAIL_VALUES, Segment, Snapshot
-from knn_diffusion.retrieval.transaction import Transaction, new_segment
+from knn_diffusion.retrieval.transaction import OWN_FILE, Transaction, new_segment
 from knn_diffusion.retrieval.verify import item_problems
 
 if TYPE_CHECKING:
     from knn_diffusion.retrieval.store import Store
 
-WORKPLACE = "compacting-"
+WORKPLACE, LOCK = "compacting-", "lock"
 WORTH_SHARE, WORTH_SEGMENTS = 0.1, 64
 
 
@@ -111,7 +112,7 @@ def compact(store: Store, progress: Progress | None = None) -> Waste:
     """See Store.compact."""
     before, snapshot = waste(store), store.snapshot()
     if found := stretches(snapshot):
-        with _workplace(store.folder) as folder:
+        with _workplace(store) as folder:
             made = [_rewritten(store, snapshot, one, folder) for one in _told(found, progress)]
             with store.live.transaction() as change:
                 _publish(change, snapshot, found, made)
@@ -191,20 +192,38 @@ def _told(found: list[Stretch], progress: Progress | None) -> Iterator[Stretch]:
 
 
 @contextmanager
-def _workplace(folder: Path | None) -> Iterator[Path | None]:
-    """A folder for the new files, after those of compactions that were cut off have been deleted."""
-    if folder is None:
+def _workplace(store: Store) -> Iterator[Path | None]:
+    """A folder for the new files, after those of compactions that were cut off have been deleted.
+
+    Each is locked while it is in use, so that no other compaction takes it for one that was cut off.
+    """
+    if store.folder is None:
         yield None
         return
-    for path in folder.glob(WORKPLACE + "*"):
-        shutil.rmtree(path, ignore_errors=True)
+    store.live.require_own()
+    for path in store.folder.glob(WORKPLACE + "*"):
+        _sweep(path)
     try:
-        place = Path(tempfile.mkdtemp(prefix=WORKPLACE, dir=folder))
+        place = Path(tempfile.mkdtemp(prefix=WORKPLACE, dir=store.folder))
+        lock = FileLock(place / LOCK)
+        lock.acquire()
     except OSError as error:
         raise KnnDiffusionError(
-            f"{folder} could not be written ({error.strerror}): free space or mend permissions; nothing was changed"
+            f"{store.folder} could not be written ({error.strerror}): free space or change permissions; nothing was changed"
         ) from None
     try:
         yield place
     finally:
+        lock.release()
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _sweep(workplace: Path) -> None:
+    """Delete what a compaction that was cut off left, and nothing else."""
+    if workplace.is_symlink():
+        return
+    with suppress(OSError, Timeout), FileLock(workplace / LOCK, blocking=False):
+        for file in workplace.iterdir():
+            if file.name == LOCK or OWN_FILE.fullmatch(file.name):
+                file.unlink()
+        workplace.rmdir()

@@ -17,8 +17,18 @@ from jaxtyping import Int
 
 from knn_diffusion.errors import StoreError, UsageError
 from knn_diffusion.retrieval.holder import holder
+from knn_diffusion.retrieval.identity import (
+    DATABASE,
+    JOURNALS,
+    Connection,
+    file_id,
+    in_place,
+    link_in,
+    moved,
+    refuse_links,
+    state_of,
+)  # fmt: skip
 
-DATABASE = "store.sqlite"
 FILTER_COLUMNS = ("id", "source", "key", "added_at")
 ITEM_CHECKSUM = "crc32 INTEGER"
 PURGED = "CREATE TABLE purged (first INTEGER PRIMARY KEY, count INTEGER NOT NULL)"
@@ -54,15 +64,17 @@ FREED_PAGES = 4096
 """Pages given back to the disk in one transaction, 16 MiB."""
 
 
-def connect_in_memory() -> sqlite3.Connection:
+def connect_in_memory() -> Connection:
     """An empty database that lives as long as the connection."""
-    return _connect(":memory:")
+    return _opened(":memory:")
 
 
-def connect_to_write(folder: Path, *, create: bool = False) -> sqlite3.Connection:
+def connect_to_write(folder: Path, *, create: bool = False) -> Connection:
     """A connection whose commits are on the disk when they return, and which leaves readers undisturbed (WAL)."""
     with translated_errors(folder):
-        database = _connect(_uri(folder, "mode=rwc" if create else "mode=rw"))
+        if create:  # with the permissions that the umask gives; SQLite would keep groups from writing
+            os.close(os.open(folder / DATABASE, os.O_CREAT | os.O_WRONLY, 0o666))
+        database = _connect(folder, "mode=rw")
         try:
             if create:
                 database.execute("PRAGMA auto_vacuum=INCREMENTAL")
@@ -75,32 +87,61 @@ def connect_to_write(folder: Path, *, create: bool = False) -> sqlite3.Connectio
         return database
 
 
-def connect_to_read(folder: Path) -> tuple[sqlite3.Connection, bool]:
-    """A connection, and whether the folder must not change: it is sealed, or may not be written.
+def connect_to_read(folder: Path) -> tuple[Connection, bool]:
+    """A connection, and whether the folder must not change: it is sealed, may not be written, or holds links.
 
     Nothing is created beside a sealed database: it may lie in a package.
     """
+    refuse_links(folder, JOURNALS)  # SQLite may write to a journal that it finds, and deletes it
     path = folder / DATABASE
-    writable = os.access(path, os.W_OK) and os.access(folder, os.W_OK)
-    journal = path.with_name(DATABASE + "-wal")
-    unfinished = journal.is_file() and journal.stat().st_size > 0
+    writable = os.access(path, os.W_OK) and os.access(folder, os.W_OK) and link_in(folder) is None
     with translated_errors(folder):
         if not writable:
-            return _connect(_uri(folder, "mode=ro" if unfinished else "mode=ro&immutable=1")), True
-        database = _connect(_uri(folder, "mode=rw"))
+            return _connect_without_writing(folder), True
+        database = _connect(folder, "mode=rw")
         try:
             found = database.execute("SELECT value FROM settings WHERE name = 'sealed'").fetchone()
         except BaseException:
             database.close()
             raise
-        if not unfinished and found and found[0] == "yes":
+        if not _unfinished(folder) and found and found[0] == "yes":
             database.close()
-            return _connect(_uri(folder, "mode=ro&immutable=1")), True
+            return _connect(folder, "mode=ro&immutable=1"), True
         return database, False
 
 
-def close_writer(database: sqlite3.Connection) -> None:
-    """Close and leave one file without a journal, unless another process still reads: then that is left to it."""
+def _connect_without_writing(folder: Path) -> Connection:
+    """A connection that follows what others write. Where SQLite must have a journal to do so and there is none, it shows the
+    database as it is now, and notes that, so that `LiveState` opens it again when it changes."""
+    database = _connect(folder, "mode=ro")
+    try:
+        database.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as error:
+        database.close()
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CANTOPEN or _unfinished(folder):
+            raise
+    else:
+        return database
+    before = state_of(folder)
+    database = _connect(folder, "mode=ro&immutable=1")
+    database.fixed_as = before
+    return database
+
+
+def _unfinished(folder: Path) -> bool:
+    """True if the database's journal holds something."""
+    journal = folder / f"{DATABASE}-wal"
+    return journal.is_file() and journal.stat().st_size > 0
+
+
+def close_writer(database: Connection, folder: Path | None) -> None:
+    """Close and leave one file without a journal, unless another process still reads: then that is left to it.
+
+    The journal is deleted by its path, so nothing is tidied where another index lies there by now.
+    """
+    if not in_place(database, folder):
+        database.close()
+        return
     try:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         database.execute("PRAGMA journal_mode=DELETE")
@@ -126,16 +167,22 @@ def give_back(database: sqlite3.Connection) -> None:
 
 
 @contextmanager
-def translated_errors(folder: Path | None) -> Iterator[None]:
-    """Raise SQLite's errors as StoreError: in use and by whom, not writable, or damaged."""
+def translated_errors(folder: Path | None, database: Connection | None = None) -> Iterator[None]:
+    """Raise SQLite's errors as StoreError: in use and by whom, not writable, closed, moved away, or damaged."""
     try:
         yield
     except sqlite3.Error as error:
         name, code = str(folder or "the index in memory"), getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             text = f"{name} is in use by another writer{holder(folder)}"
+        elif isinstance(error, sqlite3.ProgrammingError) and "closed" in str(error):
+            text = f"{name} was closed here: open it again"
+        elif database is not None and not in_place(database, folder):
+            text = moved(folder)
         elif code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
-            text = f"{name} could not be read or written ({error}): free space or mend permissions; nothing was changed"
+            text = (
+                f"{name} could not be read or written ({error}): free space or change permissions; nothing was changed"
+            )
         else:
             text = f"{name} holds a damaged {DATABASE} ({error}): restore a copy or build the index again"
         raise StoreError(text) from None
@@ -183,13 +230,27 @@ def _page_size(database: sqlite3.Connection) -> int:
     return int(database.execute("PRAGMA page_size").fetchone()[0])
 
 
-def _connect(place: str) -> sqlite3.Connection:
-    uri = place.startswith("file:")
-    return sqlite3.connect(place, uri=uri, isolation_level=None, check_same_thread=False, timeout=LOCK_SECONDS)
+def _connect(folder: Path, options: str) -> Connection:
+    """A connection to the database at the path of a folder that knows which file it opened."""
+    path = folder / DATABASE
+    while True:
+        before = file_id(path)
+        database = _opened(f"file:{quote(str(path.absolute()))}?{options}")
+        if file_id(path) == before:
+            database.file = before
+            return database
+        database.close()  # another one took its place meanwhile
 
 
-def _uri(folder: Path, options: str) -> str:
-    return f"file:{quote(str((folder / DATABASE).absolute()))}?{options}"
+def _opened(place: str) -> Connection:
+    return sqlite3.connect(
+        place,
+        uri=place.startswith("file:"),
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=LOCK_SECONDS,
+        factory=Connection,
+    )
 
 
 def _unknown_in_double_quotes(condition: str, names: Sequence[str]) -> str | None:

@@ -58,7 +58,9 @@ def noted(folder: Path | None) -> Iterator[None]:
         yield
         return
     with suppress(OSError):
-        (folder / NOTE).write_text(json.dumps(asdict(Holder.this())), encoding="utf-8")
+        (folder / NOTE).unlink(missing_ok=True)
+        with (folder / NOTE).open("x", encoding="utf-8") as note:  # which follows no link that somebody laid there
+            note.write(json.dumps(asdict(Holder.this())))
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,8 @@ LOCK_SECONDS = 60.0
 """Who cannot write after so long keeps nothing, which costs only the time to build it again."""
 LOOK_SECONDS = 1.0
 """So often a search looks whether another process has trained the cells anew."""
+_OWN_FILE = re.compile(r"search-([0-9a-f]{16}|[0-9a-f]{32})\.faiss")
+"""Names of the files that are written here, to be deleted when nothing names them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +162,7 @@ class KeptIndex:
             if folder is None or not complete:
                 raise KnnDiffusionError(
                     f"{self.folder}: the new cells could not be kept ({self.trouble or 'parts are missing'}): free space or "
-                    "mend permissions; the index is searched as before"
+                    "change permissions; the index is searched as before"
                 )
             self.facts = FACTS
             self._write_facts(folder)
@@ -189,9 +192,14 @@ class KeptIndex:
             return
         lock = FileLock(self.folder / LOCK, timeout=LOCK_SECONDS)
         try:
+            self.store.live.require_own()
             self.folder.mkdir(exist_ok=True)
             lock.acquire()
-        except (OSError, NotImplementedError) as error:  # waited too long, or a file system that knows no locks
+        except (
+            StoreError,
+            OSError,
+            NotImplementedError,
+        ) as error:  # another's folder, waited too long, or a file system that knows no locks
             self.trouble = str(error)
             yield None
             return
@@ -239,7 +247,7 @@ class KeptIndex:
         files = [read_facts(folder, name) for name in (FACTS, RETRAINING)]
         named = {_path(folder, digest).name for said in files if said for digest in _digests(said)}
         for path in folder.glob("search*.faiss"):
-            if path.name not in named:
+            if _OWN_FILE.fullmatch(path.name) and path.name not in named:
                 with suppress(OSError):
                     path.unlink()
 

@@ -7,7 +7,6 @@ somebody, here or elsewhere, has committed.
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,16 +26,19 @@ from knn_diffusion.retrieval.database import (
     give_back,
     translated_errors,
 )  # fmt: skip
+from knn_diffusion.retrieval.identity import SEGMENTS, Connection, moved, refuse_links, require_in_place, state_of
 from knn_diffusion.retrieval.manifest import Manifest, read_manifest
 from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES, Segment, Snapshot, file_name
 from knn_diffusion.retrieval.stored_array import CURE, StoredArray
-from knn_diffusion.retrieval.transaction import SEGMENTS, Transaction, transaction
+from knn_diffusion.retrieval.transaction import Transaction, transaction
+
+UNSEEN = -1
 
 
 class LiveState:
     """What a store is now, for any number of threads."""
 
-    def __init__(self, database: sqlite3.Connection, folder: Path | None, *, read_only: bool) -> None:
+    def __init__(self, database: Connection, folder: Path | None, *, read_only: bool) -> None:
         self.folder, self.read_only = folder, read_only
         self.name = str(folder) if folder is not None else "the index in memory"
         self.checksums = False
@@ -46,10 +48,10 @@ class LiveState:
         self.reader = database
         self._writer = database if folder is None else None
         self._writing = self.reading if folder is None or read_only else threading.RLock()
-        self._asker: sqlite3.Connection | None = None
+        self._asker: Connection | None = None
         self._asking = threading.Lock()
         self._snapshot = Snapshot(alive=np.zeros(0, bool), segments=())
-        self._seen = -1
+        self._seen = UNSEEN
         self._reload()
 
     def close(self) -> None:
@@ -59,22 +61,23 @@ class LiveState:
                 self._asker.close()
             self.reader.close()
             if self._writer is not None and self._writer is not self.reader:
-                close_writer(self._writer)
+                close_writer(self._writer, self.folder)
 
     def snapshot(self) -> Snapshot:
         """The rows as they are now, with what other processes have committed."""
-        with self.reading, translated_errors(self.folder):
+        with self.reading, translated_errors(self.folder, self.reader):
+            self.reader = self._followed(self.reader)
             if self.reader.execute("PRAGMA data_version").fetchone()[0] != self._seen:
                 self._reload()
             return self._snapshot
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         """What the database answers."""
-        with self.reading, translated_errors(self.folder):
+        with self.reading, translated_errors(self.folder, self.reader):
             return self.reader.execute(sql, values).fetchall()
 
     @contextmanager
-    def asking(self) -> Iterator[sqlite3.Connection]:
+    def asking(self) -> Iterator[Connection]:
         """A connection for a question that may take long; others read meanwhile, unless the store is in memory."""
         if self.folder is None or self._writer is self.reader:
             with self.reading:
@@ -82,7 +85,8 @@ class LiveState:
             return
         with self._asking:
             if self._asker is None:
-                self._asker = connect_to_read(self.folder)[0]
+                self._asker = self._same(connect_to_read(self.folder)[0])
+            self._asker = self._followed(self._asker)
             yield self._asker
 
     @contextmanager
@@ -107,7 +111,7 @@ class LiveState:
 
     def _reload(self, made: Sequence[Segment] = ()) -> None:
         """Read the small tables again; segments known already keep their arrays."""
-        with self.reading, translated_errors(self.folder):
+        with self.reading, translated_errors(self.folder, self.reader):
             while True:
                 seen = self.reader.execute("PRAGMA data_version").fetchone()[0]
                 old = self._snapshot
@@ -154,7 +158,7 @@ class LiveState:
             items_sha256=items,
         )
 
-    def open_writer(self) -> sqlite3.Connection:
+    def open_writer(self) -> Connection:
         """The connection that writes: to the folder, or to a copy in memory when the folder may not change."""
         if self._writer is None and self.read_only:
             overlay = connect_in_memory()
@@ -165,5 +169,28 @@ class LiveState:
             self._reload()
         elif self._writer is None:
             assert self.folder is not None
-            self._writer = connect_to_write(self.folder)
+            self.require_own()
+            self._writer = self._same(connect_to_write(self.folder))
         return self._writer
+
+    def require_own(self) -> None:
+        """Raise StoreError unless the folder is the one that was opened, and holds nothing that leads out of it."""
+        require_in_place(self.reader, self.folder)
+        refuse_links(self.folder)
+
+    def _same(self, database: Connection) -> Connection:
+        """A new connection, if it is to the database that is read. Raises: StoreError when another took its place."""
+        if database.file != self.reader.file:
+            database.close()
+            raise StoreError(moved(self.folder))
+        return database
+
+    def _followed(self, database: Connection) -> Connection:
+        """The connection, or a new one where it shows the database as it was before somebody wrote to it."""
+        if database.fixed_as is None or self.folder is None or state_of(self.folder) == database.fixed_as:
+            return database
+        fresh = self._same(connect_to_read(self.folder)[0])
+        database.close()
+        if database is self.reader:
+            self._seen = UNSEEN
+        return fresh

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from knn_diffusion.errors import StoreError
-from knn_diffusion.retrieval.database import BLOCKS, DATABASE, HISTORY, METADATA, UPGRADE
+from knn_diffusion.retrieval.database import BLOCKS, HISTORY, METADATA, UPGRADE
+from knn_diffusion.retrieval.identity import DATABASE
 from knn_diffusion.retrieval.items import EncoderIdentity
 from knn_diffusion.retrieval.records import Records
 from knn_diffusion.retrieval.stored_array import CURE

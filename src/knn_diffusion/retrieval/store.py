@@ -15,7 +15,6 @@ use, everything by `problems`. Other tools can read the segments with `numpy.loa
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -29,7 +28,6 @@ from knn_diffusion.errors import StoreError, UsageError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval import compaction, manifest, verify
 from knn_diffusion.retrieval.database import (
-    DATABASE,
     SCHEMA,
     close_writer,
     connect_in_memory,
@@ -40,6 +38,7 @@ from knn_diffusion.retrieval.database import (
     text,
     translated_errors,
 )  # fmt: skip
+from knn_diffusion.retrieval.identity import DATABASE, SEGMENTS, Connection
 from knn_diffusion.retrieval.items import (
     EncoderIdentity,
     Facts,
@@ -54,7 +53,7 @@ from knn_diffusion.retrieval.live import LiveState
 from knn_diffusion.retrieval.metadata import Value, keep_metadata, read_metadata
 from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES, CompactedError, Snapshot, stored_rows
 from knn_diffusion.retrieval.stored_array import CURE
-from knn_diffusion.retrieval.transaction import SEGMENTS, sync
+from knn_diffusion.retrieval.transaction import sync
 
 __all__ = ["EncoderIdentity", "Item", "Store"]
 
@@ -71,7 +70,7 @@ class Store:
     Methods that take rows take the snapshot that they are of; without one they mean the rows as they are now.
     """
 
-    def __init__(self, database: sqlite3.Connection, folder: Path | None, *, read_only: bool) -> None:
+    def __init__(self, database: Connection, folder: Path | None, *, read_only: bool) -> None:
         self.live = LiveState(database, folder, read_only=read_only)
         self.folder, self.read_only = folder, read_only
         self.encoder = self.live.encoder
@@ -94,7 +93,7 @@ class Store:
             database.execute("COMMIT")
         if folder is None:
             return cls(database, None, read_only=False)
-        close_writer(database)
+        close_writer(database, folder)
         return cls.open(folder)
 
     @classmethod
@@ -367,6 +366,7 @@ class Store:
         """
         if self.read_only:
             raise StoreError(f"{self.name} is read-only: save a copy, which leaves out what is removed")
+        self.live.require_own()
         return compaction.compact(self, progress)
 
     def begin_history(self) -> None:

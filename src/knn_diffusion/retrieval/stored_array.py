@@ -133,6 +133,10 @@ class StoredArray:
         try:
             content = self._content if self._content is not None else map_bytes(self.path)
         except (OSError, RuntimeError) as error:
+            if not self.path.parent.is_dir():
+                raise StoreError(
+                    f"{self.path.parent} is not there any more: open the index again where it is now"
+                ) from None
             raise StoreError(f"{self.path} cannot be read ({' '.join(str(error).split())}): {CURE}") from None
         head, size = _npy_head(self.shape, self.dtype), np.dtype(self.dtype).itemsize * self.shape[0] * self.shape[1]
         if content[: len(head)].tobytes() != head or len(content) != len(head) + size:

@@ -2,12 +2,14 @@
 
 A file is written to a temporary name, synced and renamed before the commit that names it. The number of a segment is
 larger than that of any file there is, and what no commit names is deleted only after a commit of our own: a commit whose
-sync failed may still come back after a crash, and finds its files.
+sync failed may still come back after a crash, and finds its files. Deleted are only files with the names of segments, and
+nothing once another index lies at the path.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,21 +18,24 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float16, UInt8
 
+from knn_diffusion.checkpoint import TEMPORARY
 from knn_diffusion.errors import KnnDiffusionError
 from knn_diffusion.retrieval.database import translated_errors
 from knn_diffusion.retrieval.holder import noted
+from knn_diffusion.retrieval.identity import SEGMENTS, Connection, in_place, refuse_links, require_in_place
 from knn_diffusion.retrieval.items import Facts, item_crc, item_line, items_digest
 from knn_diffusion.retrieval.manifest import get, sign, upgrade
 from knn_diffusion.retrieval.segments import Segment, file_name
 from knn_diffusion.retrieval.stored_array import StoredArray
 
-SEGMENTS = "segments"
+OWN_FILE = re.compile(rf"(\d{{8}})\.(embeddings|thumbnails)\.npy|{re.escape(TEMPORARY)}\w+")
+"""Names of files that this module writes: those of segments, and what a killed process left half-written."""
 
 
 class Transaction:
     """An open transaction, and the segments made in it."""
 
-    def __init__(self, database: sqlite3.Connection, folder: Path | None) -> None:
+    def __init__(self, database: Connection, folder: Path | None) -> None:
         self.database = database
         self.made: list[Segment] = []
         self.dropped = False
@@ -69,7 +74,7 @@ class Transaction:
             sync(self._folder)
         except OSError as error:
             raise KnnDiffusionError(
-                f"{self._folder} could not be written ({error.strerror}): free space or mend permissions; nothing was changed"
+                f"{self._folder} could not be written ({error.strerror}): free space or change permissions; nothing was changed"
             ) from None
 
     def name(self, segment: Segment) -> None:
@@ -88,7 +93,8 @@ class Transaction:
         if self._folder is None or not (self.made or self.dropped):
             return []
         named = {f"{number:08d}" for (number,) in self.database.execute("SELECT number FROM segments")}
-        return [path for path in self._folder.iterdir() if path.name.split(".")[0] not in named]
+        own = [(path, match[1]) for path in self._folder.iterdir() if (match := OWN_FILE.fullmatch(path.name))]
+        return [path for path, number in own if number not in named]
 
     def _next_number(self) -> int:
         """A number that no segment ever had."""
@@ -100,15 +106,17 @@ class Transaction:
 
 
 @contextmanager
-def transaction(database: sqlite3.Connection, folder: Path | None) -> Iterator[Transaction]:
+def transaction(database: Connection, folder: Path | None) -> Iterator[Transaction]:
     """Everything in the block is committed together, or nothing is.
 
     Args:
         folder: of the store, None for one whose arrays stay in memory.
 
-    Raises: StoreError when another process writes, naming it.
+    Raises: StoreError when another process writes, naming it; when the folder is not the one that was opened, or has links.
     """
-    with translated_errors(folder):
+    with translated_errors(folder, database):
+        require_in_place(database, folder)
+        refuse_links(folder)
         database.execute("BEGIN IMMEDIATE")
         change, leftovers, committing = Transaction(database, folder), list[Path](), False
         try:
@@ -117,14 +125,16 @@ def transaction(database: sqlite3.Connection, folder: Path | None) -> Iterator[T
                 yield change
                 sign(database)
                 leftovers = change.leftovers()
+                require_in_place(database, folder)
             committing = True
             database.execute("COMMIT")
         except BaseException:
             with suppress(sqlite3.Error):
                 database.execute("ROLLBACK")
-            for segment in change.made if not committing else ():
+            for segment in change.made if not committing and in_place(database, folder) else ():
                 segment.delete()
             raise
+        require_in_place(database, folder)  # or what was committed is not in the index that lies there now
     for path in leftovers:
         with suppress(OSError):
             path.unlink()

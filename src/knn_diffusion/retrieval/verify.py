@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from knn_diffusion.errors import StoreError
-from knn_diffusion.retrieval.database import DATABASE
+from knn_diffusion.retrieval.identity import DATABASE
 from knn_diffusion.retrieval.items import Facts, item_line, items_digest, preview_is_sound
 from knn_diffusion.retrieval.manifest import METADATA_ROWS
 from knn_diffusion.retrieval.metadata import metadata_is_sound

@@ -118,7 +118,9 @@ def _connect_without_writing(folder: Path) -> Connection:
         database.execute("SELECT 1 FROM sqlite_master").fetchone()
     except sqlite3.OperationalError as error:
         database.close()
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CANTOPEN or _unfinished(folder):
+        code = error.sqlite_errorcode
+        needs_journal = code & 0xFF == sqlite3.SQLITE_CANTOPEN or code == sqlite3.SQLITE_READONLY_DIRECTORY
+        if not needs_journal or _unfinished(folder):
             raise
     else:
         return database

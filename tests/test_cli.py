@@ -348,6 +348,20 @@ def test_index_build_and_info_say_how_pictures_are_framed(run: Any, model: Path,
     assert shown.getchannel("A").getpixel((1, 1)) == 0
 
 
+def test_index_rule_shows_and_sets_when_two_images_are_copies(run: Any, index: Path) -> None:
+    was = run("index", "rule", index, "--json").json
+    assert (
+        run("index", "rule", index, "--cosine", 0.93).out
+        == "copies: cosine above 0.93 or small pictures within 2 levels\n"
+    )
+    assert run("index", "rule", index, "--manhattan", 1, "--json").json == {"cosine": 0.93, "manhattan": 1.0}
+    assert run("index", "info", index, "--json").json["dedup"] == {"cosine": 0.93, "manhattan": 1.0}
+    assert run("index", "rule", index, "--calibrate", "--json").json == was
+    fails(run("index", "rule", index, "--calibrate", "--cosine", 0.9), 2, "--cosine or --calibrate, got both")
+    fails(run("index", "rule", index, "--cosine", 1.5), 2, "cosine must be in (0, 1]")
+    fails(run("index", "rule", "stickers", "--cosine", 0.9), 1, "read-only")
+
+
 def test_index_failures(run: Any, index: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
     encoder = ("--encoder", model / "encoder")
     fails(run("index", "build", pictures, "--output", index, *encoder), 2, str(index.name))

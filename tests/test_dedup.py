@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knn_diffusion.errors import ConfigError
-from knn_diffusion.retrieval.dedup import OFF, DedupConfig, calibrate, default_rule, duplicates, first_different
+from knn_diffusion.retrieval.dedup import OFF, DedupConfig, calibrate, duplicates, first_different
 from knn_diffusion.retrieval.store import EncoderIdentity, Item, Store
 
 NO_PICTURE = -1
@@ -117,11 +117,6 @@ def test_impossible_thresholds_are_refused(field: str, value: float, text: str) 
         DedupConfig(**{field: value})
 
 
-def test_clip_has_the_papers_threshold_and_others_are_calibrated() -> None:
-    assert default_rule("openai/clip-vit-base-patch32") == DedupConfig(cosine=0.9)
-    assert default_rule("stickers") is None
-
-
 def store_of(vectors: np.ndarray, levels: np.ndarray | None) -> Store:
     store = Store.create(None, EncoderIdentity(name="toy", fingerprint="f", dim=vectors.shape[1]))
     items = [Item(source="", content=hashlib.sha256(str(n).encode()).hexdigest()) for n in range(len(vectors))]
@@ -138,6 +133,7 @@ def test_calibration_keeps_visibly_different_neighbors_and_drops_copies() -> Non
     levels = np.concatenate([np.arange(100), np.arange(100)]) * 2
     with store_of(np.concatenate([different, copies]), 10 + levels) as store:
         rule = calibrate(store)
+    assert rule is not None
     cosines = different @ different.T - np.eye(100)
     lost = (cosines.max(1) > (rule.cosine or 0)).mean()
     assert lost <= 0.05
@@ -146,10 +142,20 @@ def test_calibration_keeps_visibly_different_neighbors_and_drops_copies() -> Non
 
 
 def test_calibration_never_goes_below_the_papers_threshold() -> None:
-    with store_of(np.random.default_rng(0).standard_normal((50, 32)), None) as store:
+    with store_of(np.random.default_rng(0).standard_normal((50, 32)), np.arange(50) * 4) as store:
         assert calibrate(store) == DedupConfig(cosine=0.9)
 
 
-def test_calibration_of_a_single_image_is_cautious() -> None:
-    with store_of(np.ones((1, 4)), None) as store:
-        assert calibrate(store) == DedupConfig(cosine=0.98)
+@pytest.mark.parametrize(("count", "levels"), [(1, np.array([9])), (40, None), (40, np.full(40, 9))])
+def test_where_no_two_pictures_differ_there_is_nothing_to_calibrate_on(count: int, levels: np.ndarray | None) -> None:
+    with store_of(np.random.default_rng(0).standard_normal((count, 8)), levels) as store:
+        assert calibrate(store) is None
+
+
+def test_vectors_without_pictures_have_no_say_in_a_calibration() -> None:
+    random = np.random.default_rng(0)
+    vectors = units(random.standard_normal((60, 32))).numpy()
+    with store_of(vectors, np.arange(60) * 4) as store:
+        items = [Item(source="", content=hashlib.sha256(f"copy {n}".encode()).hexdigest()) for n in range(60)]
+        store.append(items, vectors + 1e-3 * random.standard_normal((60, 32)), None)
+        assert calibrate(store) == DedupConfig(cosine=0.9)

@@ -28,6 +28,7 @@ from knn_diffusion.image_index import encoder as encoder_module
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.items import preview_crc
+from knn_diffusion.retrieval.neighbors import self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
 from knn_diffusion.retrieval.store import Store
 
@@ -424,6 +425,40 @@ def test_the_rule_is_calibrated_and_kept(photos: Path, tmp_path: Path) -> None:
         assert 0.9 <= calibrated.cosine < 1
     with ImageIndex.open(tmp_path / "index", ENCODER) as index:
         assert index.rule == calibrated
+
+
+def test_the_rule_waits_until_there_are_images_to_compare(tmp_path: Path) -> None:
+    pictures = [picture(number) for number in range(20)]
+    with ImageIndex.build(pictures, None, ENCODER) as index:
+        expected = index.rule
+    with ImageIndex.build(pictures[:1], tmp_path / "index", ENCODER) as index:
+        assert index.rule == DedupConfig()
+        index.add(pictures[1:])
+        assert index.rule == expected
+    with ImageIndex.open(tmp_path / "index", ENCODER) as index:
+        assert index.rule == expected
+
+
+@pytest.mark.parametrize("name", ["my-clips", "ViT-B/32", "siglip"])
+def test_the_name_of_an_encoder_does_not_decide_what_is_a_copy(photos: Path, name: str) -> None:
+    with (
+        ImageIndex.build([photos], None, ENCODER) as known,
+        ImageIndex.build([photos], None, ColourEncoder(name)) as one,
+    ):
+        assert one.rule == known.rule
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "openai/clip-vit-base-patch32", "own"])
+@pytest.mark.parametrize("share", [0.02, 1.0])
+def test_imported_copies_are_never_training_neighbors(tmp_path: Path, name: str, share: float) -> None:
+    random, count = np.random.default_rng(0), 200
+    rows = random.standard_normal((count, 64)).astype(np.float32)
+    copied = int(share * count)
+    np.save(tmp_path / "a.npy", np.concatenate([rows, rows[:copied] + 1e-2 * random.standard_normal((copied, 64))]))
+    with ImageIndex.import_embeddings(tmp_path / "a.npy", tmp_path / "index", encoder_name=name) as index:
+        assert index.rule == DedupConfig()
+        table = self_neighbors(index.retriever.store, 5, index.rule)
+        assert not (table[:copied] == np.arange(count, count + copied)[:, None]).any()
 
 
 def test_a_sealed_index_takes_additions_in_memory_until_saved_elsewhere(photos: Path, tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_encoders import some_images
 from torch import Tensor
 
 from knn_diffusion.errors import CheckpointError, MissingDependencyError, UsageError
+from knn_diffusion.image_index import ImageIndex
 from knn_diffusion.models.encoders import load_encoder, save_encoder
+from knn_diffusion.retrieval.dedup import DedupConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,!"
 MERGES = [("r", "e"), ("c", "a")]
@@ -340,3 +343,14 @@ def test_a_package_that_a_tokenizer_needs_is_named(tiny_clip: Path, monkeypatch:
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", needs)
     with pytest.raises(MissingDependencyError, match="requires the SentencePiece library: install what it names"):
         load_encoder(tiny_clip)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip2"])
+def test_images_of_clip_have_the_papers_rule_and_those_of_others_are_measured(tmp_path: Path, kind: str) -> None:
+    PUBLISHED[kind](tmp_path)
+    encoder, random = load_encoder(tmp_path), np.random.default_rng(0)
+    found = [Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(6)]
+    with ImageIndex.build(found, None, encoder) as index:
+        measured = index.calibrated_rule()
+        assert index.rule == (DedupConfig() if kind == "clip" else measured)
+        assert measured != DedupConfig()

@@ -21,6 +21,7 @@ from knn_diffusion.cli import (
     index_dedup,
     index_exchange,
     index_push,
+    index_rule,
     index_tune,
     parts,
     tokenizer,
@@ -44,6 +45,7 @@ index.app.command()(index_tune.tune)
 index.app.command()(index_tune.report)
 index_exchange.register(index.app)
 index.app.command()(index_dedup.dedup)
+index.app.command()(index_rule.rule)
 index.app.command()(index_compact.compact)
 index.app.command()(index_push.push)
 app.add_typer(index.app, name="index")

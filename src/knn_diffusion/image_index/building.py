@@ -14,6 +14,7 @@ from knn_diffusion.image_index.ingest import AddReport, Images, Writer, find_sou
 from knn_diffusion.image_index.metadata_table import Tables, match_tables
 from knn_diffusion.image_index.settings import new_store, preview_side, settle_rule
 from knn_diffusion.image_index.tokenizing import Recorder, TokenOutput
+from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.identity import DATABASE
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
@@ -34,16 +35,12 @@ def begin(path: Path | None, encoder: EncoderIdentity, *, resume: bool) -> Store
     return store
 
 
-def complete(store: Store) -> bool:
-    """End a build, also one that was interrupted; its rule is settled now that all images are there.
-
-    Returns: whether something was being built.
-    """
-    if not len(store) or not store.setting(BUILDING):
-        return False
-    settle_rule(store)
-    store.set_setting(BUILDING, "")
-    return True
+def complete(store: Store, encoder: JointEncoder) -> None:
+    """End a build, also one that was interrupted; its rule is settled now that all images are there."""
+    if len(store):
+        settle_rule(store, encoder)
+        if store.setting(BUILDING):
+            store.set_setting(BUILDING, "")
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from knn_diffusion.image_index.tokenizing import TokenOutput, tokenize_units
 from knn_diffusion.image_index.upkeep import Upkeep, require_writable
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.compaction import Waste
-from knn_diffusion.retrieval.dedup import OFF, DedupConfig
+from knn_diffusion.retrieval.dedup import OFF, DedupConfig, calibrate
 from knn_diffusion.retrieval.drift import Drift, drift
 from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.interchange import (
@@ -233,8 +233,8 @@ class ImageIndex(IndexFacts):
             tokens=tokens,
             progress=progress,
         )
-        if building.complete(self._store):
-            self._retriever.rule = stored_rule(self._store)
+        building.complete(self._store, self.encoder)
+        self._retriever.rule = stored_rule(self._store)
         self._look_after()
         return report
 
@@ -315,6 +315,18 @@ class ImageIndex(IndexFacts):
         """Keep with the index when two of its images count as the same picture."""
         keep_rule(self._store, rule)
         self._retriever.rule = rule
+
+    def calibrated_rule(self) -> DedupConfig:
+        """The rule as measured on the pictures there are now, see `retrieval.dedup.calibrate`; changes nothing.
+
+        Raises: UsageError when no two images of the index have pictures that differ.
+        """
+        if (found := calibrate(self._store)) is None:
+            raise UsageError(
+                f"expected images with pictures to calibrate on, {self._store.name} has no two that differ: name a cosine "
+                "(0.9 is the paper's, for CLIP)"
+            )
+        return found
 
     def set_reach(self, settings: IndexConfig) -> None:
         """Keep with the index how far queries look, as `tune` found it; its other settings stay those of each opening.

@@ -8,12 +8,13 @@ from pathlib import Path
 from knn_diffusion.config import from_dict, to_dict
 from knn_diffusion.errors import StoreError
 from knn_diffusion.images import FRAMING
-from knn_diffusion.retrieval.dedup import DedupConfig, calibrate, default_rule
+from knn_diffusion.models.encoders import JointEncoder
+from knn_diffusion.models.transformers_encoder import TransformersEncoder
+from knn_diffusion.retrieval.dedup import DedupConfig, calibrate
 from knn_diffusion.retrieval.plan import IndexConfig
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
 
 RULE, REACH = "dedup", "reach"
-BEFORE_CALIBRATION = DedupConfig(cosine=0.98)
 FRAMED, PREVIEW_SIDE = "framing", "preview_side"
 NEW_SIDE, EARLIER_SIDE, LARGEST_SIDE = 128, 64, 1024
 """Sides of previews in pixels: in new indexes, in those that keep no setting, and the largest that is believed."""
@@ -46,11 +47,9 @@ def preview_side(store: Store) -> int:
 
 
 def stored_rule(store: Store) -> DedupConfig:
-    """The rule kept with the store, else the known one of its encoder, else a careful one."""
+    """The rule kept with the store, else the paper's."""
     stored = store.setting(RULE)
-    if stored is None:
-        return default_rule(store.encoder.name) or BEFORE_CALIBRATION
-    return from_dict(DedupConfig, json.loads(stored), source=store.name)
+    return from_dict(DedupConfig, json.loads(stored), source=store.name) if stored is not None else DedupConfig()
 
 
 def keep_rule(store: Store, rule: DedupConfig) -> None:
@@ -58,10 +57,14 @@ def keep_rule(store: Store, rule: DedupConfig) -> None:
     store.set_setting(RULE, json.dumps(to_dict(rule)))
 
 
-def settle_rule(store: Store) -> None:
-    """Keep the known rule of the encoder, or one calibrated on the images there are, unless a rule is kept already."""
-    if store.setting(RULE) is None:
-        keep_rule(store, default_rule(store.encoder.name) or calibrate(store))
+def settle_rule(store: Store, encoder: JointEncoder | None = None) -> None:
+    """Keep a rule unless one is kept: the paper's for CLIP, else one calibrated on the pictures there are, else the paper's.
+
+    The rule of a single image is left open. A name does not decide: people call CLIP "ViT-B/32", and their own "my-clips".
+    """
+    if store.setting(RULE) is None and len(store) > 1:
+        is_clip = isinstance(encoder, TransformersEncoder) and not encoder.is_siglip
+        keep_rule(store, (None if is_clip else calibrate(store)) or DedupConfig())
 
 
 def stored_settings(store: Store) -> IndexConfig:

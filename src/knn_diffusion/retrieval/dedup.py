@@ -3,7 +3,8 @@
 First by cosine, since "higher than 0.9 … usually represent the same image"; then by Manhattan distance of 8×8 pictures.
 
 Differs from the paper: Manhattan distance is taken between thumbnails, because on unit vectors it nearly repeats cosine;
-the cosine threshold belongs to the encoder (0.9 is CLIP's, elsewhere it may delete every picture of a concept); and since
+the cosine threshold belongs to the encoder (0.9 is CLIP's, elsewhere it may delete every picture of a concept, so it is
+calibrated on pictures where there are any); and since
 no image comes near a *text* by cosine, neighbors are also held against each other, so that lists look alike in training
 and at inference.
 """
@@ -19,8 +20,6 @@ from knn_diffusion.config import config, require
 from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES, Snapshot
 from knn_diffusion.retrieval.store import Store
 
-KNOWN_THRESHOLDS = {"clip": 0.9}
-"""Cosine thresholds of encoders by a word of their name; others are calibrated on the data."""
 FLOOR, CEILING = 0.9, 0.9999
 COMPARED_AT_ONCE = 32
 """Lists of up to so many neighbors are first looked at whole: most repeat nothing, and then that was all."""
@@ -181,34 +180,33 @@ def gather(
     return torch.nn.functional.normalize(vectors, dim=1), torch.from_numpy(wide)
 
 
-def default_rule(encoder_name: str) -> DedupConfig | None:
-    """The known rule for an encoder, None when it must be calibrated."""
-    found = [value for word, value in KNOWN_THRESHOLDS.items() if word in encoder_name.lower()]
-    return DedupConfig(cosine=found[0]) if found else None
-
-
-def calibrate(store: Store, *, sample: int = 1000, quantile: float = 0.99, seed: int = 0) -> DedupConfig:
+def calibrate(store: Store, *, sample: int = 1000, quantile: float = 0.99, seed: int = 0) -> DedupConfig | None:
     """A cosine threshold from the data: of images, at most 1 - quantile lose their nearest *visibly different* neighbor.
 
-    Takes the nearest neighbor that differs in its 8×8 picture (any neighbor where there are no pictures), and the quantile
-    of its cosine over a sample. Never below 0.9, which is the paper's.
+    Takes the nearest neighbor that differs in its 8×8 picture, and the quantile of its cosine over a sample of the images
+    that have pictures. Never below 0.9, which is the paper's.
+
+    Returns: None where no two images with pictures differ. By their vectors alone, copies cannot be told from neighbors.
     """
     snapshot = store.snapshot()
-    rows = snapshot.live_rows
-    if len(rows) < 2:
-        return DedupConfig(cosine=0.98)
-    draw = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
-    others = np.sort(np.random.default_rng(seed + 1).permutation(rows)[: max(20 * sample, 1)])
-    pool, pool_pictures = gather(store, others, snapshot)
+    rows = _pictured(store, snapshot, 20 * sample, seed + 1)
+    draw = np.random.default_rng(seed).permutation(rows)[:sample]
+    pool, pool_pictures = gather(store, rows, snapshot)
     nearest: list[float] = []
-    for start in range(0, len(draw), 64):
+    for start in range(0, len(draw) if len(rows) > 1 else 0, 64):
         some = draw[start : start + 64]
         vectors, pictures = gather(store, some, snapshot)
-        cosines, places = torch.topk(vectors @ pool.T, min(32, len(others)), dim=1)
+        cosines, places = torch.topk(vectors @ pool.T, min(32, len(rows)), dim=1)
         same = duplicates(vectors, pictures, pool[places], pool_pictures[places], DedupConfig(cosine=None))
-        same |= torch.from_numpy(others[places.numpy()] == some[:, None])
+        same |= torch.from_numpy(rows[places.numpy()] == some[:, None])
         found = cosines.masked_fill(same, -torch.inf).amax(1)
         nearest += found[found.isfinite()].tolist()
     if not nearest:
-        return DedupConfig(cosine=0.98)
+        return None
     return DedupConfig(cosine=round(float(np.clip(np.quantile(nearest, quantile), FLOOR, CEILING)), 4))
+
+
+def _pictured(store: Store, snapshot: Snapshot, count: int, seed: int) -> Int[np.ndarray, "some"]:
+    """At most so many rows by chance, those of them that have pictures, in order."""
+    rows = np.sort(np.random.default_rng(seed).permutation(snapshot.live_rows)[: max(count, 1)])
+    return rows[store.thumbnails(rows, snapshot)[1]]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from store_world import TOY, batch, id_of
 
 from knn_diffusion.errors import StoreError, UsageError
+from knn_diffusion.retrieval import condition as condition_module
 from knn_diffusion.retrieval import store as store_module
 from knn_diffusion.retrieval.metadata import column_names
 from knn_diffusion.retrieval.segments import CompactedError
@@ -27,7 +30,7 @@ FACTS: list[dict[str, Any]] = [
     {"licence": "CC-BY", "width": 512},
     {},
     {"licence": "cc0", "width": 1024, "animated": True},
-    {"width": "wide", "punsafe": 1},
+    {"width": 2000, "punsafe": 1},
 ]
 
 
@@ -247,14 +250,20 @@ values = st.one_of(
 )
 rows = st.lists(st.dictionaries(st.sampled_from(NAMES), values), min_size=1, max_size=8)
 Test = Callable[[Mapping[str, Any]], bool | None]
+Condition = tuple[str, Test, set[tuple[str, type]]]
+"""SQL, the same in Python, and which names it compares with which kind of value."""
 OPERATORS = {
     "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge
 }  # fmt: skip
 
 
-def ordered(value: Any) -> tuple[int, Any]:
-    """As SQL orders: numbers before texts, and texts by their bytes."""
-    return (1, value.encode()) if isinstance(value, str) else (0, value)
+def kind(value: Any) -> type:
+    return str if isinstance(value, str) else int
+
+
+def ordered(value: Any) -> Any:
+    """As SQL orders: texts by their bytes."""
+    return value.encode() if isinstance(value, str) else value
 
 
 def literal(value: Any) -> str:
@@ -262,33 +271,36 @@ def literal(value: Any) -> str:
 
 
 @st.composite
-def comparisons(draw: st.DrawFn) -> tuple[str, Test]:
+def comparisons(draw: st.DrawFn) -> Condition:
     name, value = draw(st.sampled_from(NAMES)), draw(values)
     if draw(st.booleans()):
-        return f"{name.upper()} IS NULL", lambda row: row.get(name) is None
+        return f"{name.upper()} IS NULL", lambda row: row.get(name) is None, set()
     sign = draw(st.sampled_from(sorted(OPERATORS)))
 
     def compare(row: Mapping[str, Any]) -> bool | None:
         found = row.get(name)
-        return None if found is None else OPERATORS[sign](ordered(found), ordered(value))
+        if found is None or kind(found) is not kind(value):
+            return None
+        return OPERATORS[sign](ordered(found), ordered(value))
 
-    return f"{name.lower()} {sign} {literal(value)}", compare
+    compared = set() if isinstance(value, bool) else {(name.lower(), kind(value))}
+    return f"{name.lower()} {sign} {literal(value)}", compare, compared
 
 
-def negated(test: tuple[str, Test]) -> tuple[str, Test]:
+def negated(test: Condition) -> Condition:
     def opposite(row: Mapping[str, Any]) -> bool | None:
         found = test[1](row)
         return None if found is None else not found
 
-    return f"NOT ({test[0]})", opposite
+    return f"NOT ({test[0]})", opposite, test[2]
 
 
-def both(one: tuple[str, Test], other: tuple[str, Test]) -> tuple[str, Test]:
+def both(one: Condition, other: Condition) -> Condition:
     def conjunction(row: Mapping[str, Any]) -> bool | None:
         found = one[1](row), other[1](row)
         return False if False in found else None if None in found else True
 
-    return f"({one[0]}) AND ({other[0]})", conjunction
+    return f"({one[0]}) AND ({other[0]})", conjunction, one[2] | other[2]
 
 
 conditions = st.recursive(
@@ -298,12 +310,23 @@ conditions = st.recursive(
 
 @settings(max_examples=80, deadline=None)
 @given(facts=rows, condition=conditions)
-@example(facts=FACTS, condition=("WIDTH >= 512 AND licence = 'CC0'", lambda row: row is FACTS[0]))
-def test_a_condition_keeps_what_python_keeps(facts: list[dict[str, Any]], condition: tuple[str, Test]) -> None:
-    where, keeps = condition
-    with filled(None, [*facts, dict.fromkeys(NAMES, "")]) as store:  # the last one makes all names known
-        expected = [number for number, row in enumerate(facts) if keeps(row)]
-        assert [row for row in matching(store, where) if row < len(facts)] == expected
+@example(
+    facts=FACTS,
+    condition=("WIDTH >= 512 AND licence = 'CC0'", lambda row: row is FACTS[0], {("width", int), ("licence", str)}),
+)
+def test_a_condition_keeps_what_python_keeps_and_compares_no_number_with_a_text(
+    facts: list[dict[str, Any]], condition: Condition
+) -> None:
+    where, keeps, compared = condition
+    known = dict.fromkeys(NAMES, "")
+    with filled(None, [*facts, known]) as store:
+        store.remove([store.facts(np.array([len(facts)]))[0][0]])  # it made all names known
+        held = {(name.lower(), kind(value)) for row in facts for name, value in row.items()}
+        if any((name.lower(), str if one is int else int) in held for name, one in compared):
+            with pytest.raises(UsageError, match=r"expected .* not to be a (text|number) where it is compared with a"):
+                matching(store, where)
+        else:
+            assert matching(store, where) == [number for number, row in enumerate(facts) if keeps(row)]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +340,7 @@ def test_a_condition_keeps_what_python_keeps(facts: list[dict[str, Any]], condit
         ("NOT punsafe > 0.5", [0]),
         ('"width" = 512', [1]),
         ("items.key = '2.png' AND licence IS NULL", [2]),
-        ("id IN (SELECT id FROM items WHERE key = '1.png')", [1]),
+        ("id IN ('a', 'b') OR key IN ('1.png')", [1]),
         ("licence = 'described' OR width = 512", [1]),
         ("coalesce(width, 0) = 0 -- nothing", [2]),
     ],
@@ -352,6 +375,23 @@ def test_names_of_metadata_are_columns_beside_the_stores_own(where: str, expecte
         "1); DELETE FROM metadata; --",
         "load_extension('x')",
         "json_extract('{', '$.a') = 1",
+        "id IN (SELECT id FROM items)",
+        "width IN (VALUES (512))",
+        "width = ?",
+        "width = :width",
+        "1; SELECT 1",
+        "1) OR (1",
+        "(1))",
+        "row IN json_each('[1]')",
+        "row IN purged",
+        "length(randomblob(1000)) > 5",
+        "length(zeroblob(1000)) > 5",
+        "length(replace(source, 'p', 'pp')) > 5",
+        "printf('%9d', 5) = ''",
+        "length(group_concat(source)) > 5",
+        "source REGEXP 'a'",
+        "width = 'unclosed",
+        "source LIKE '" + "%" * 1001 + "'",
     ],
 )
 def test_a_condition_reads_nothing_but_its_columns(where: str) -> None:
@@ -361,6 +401,132 @@ def test_a_condition_reads_nothing_but_its_columns(where: str) -> None:
             store.matching(where)
         assert "\n" not in str(raised.value)
         assert store.metadata(np.arange(5)) == FACTS
+
+
+MIXED = [
+    {"width": 300, "height": 1, "tag": "a"},
+    {"width": 640, "height": 2, "tag": 5},
+    {"width": "unknown", "height": 3},
+    {},
+]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "width >= 512", "width<512", "WIDTH != 300", "512 <= width", "(width) >= 512", "((width)) > +5", "width > -5",
+        'items."width" > 1', "[width] > .5", "`width` = 1e3", "NOT width >= 512", "height = 1 OR width > 0x10",
+        "width BETWEEN 1 AND 700", "width NOT BETWEEN 1 AND (700)", "width IN (300, 640)", "width NOT IN (300)", "width IS 300",
+        "width IS NOT 300", "width = '640'", "tag = 'a'", "tag IN ('a', 'b')", "height = '1'", "height LIKE '1' OR tag = 5",
+        "width > height", "height < (width)", "tag = width", "width /* px */ >= -- wide\n 512",
+    ],
+)  # fmt: skip
+def test_a_comparison_of_numbers_with_texts_is_refused_however_it_is_written(where: str) -> None:
+    with (
+        filled(None, MIXED) as store,
+        pytest.raises(UsageError, match=r"not to be a (text|number) where it is compared"),
+    ):
+        store.matching(where)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("NULLIF(width, 'unknown') >= 512", [1]),
+        ("CAST(width AS REAL) >= 512", [1]),
+        ("CAST(tag AS TEXT) = '5'", [1]),
+        ("width LIKE 'un%'", [2]),
+        ("typeof(width) = 'text'", [2]),
+        ("width IS NULL", [3]),
+        ("height >= 2", [1, 2]),
+        ("height * 2 = 4 AND height + 1 > 2", [1]),
+        ("coalesce(height, 9) > 8", [3]),
+        ("key = '1.png'", [1]),
+        ("added_at > 5 AND added_at < '1e300'", [0, 1, 2, 3]),
+    ],
+)
+def test_what_compares_like_with_like_is_answered(where: str, expected: list[int]) -> None:
+    with filled(None, MIXED) as store:
+        assert matching(store, where) == expected
+
+
+def test_the_message_shows_a_value_and_conditions_that_work() -> None:
+    with filled(None, MIXED) as store, pytest.raises(UsageError) as raised:
+        store.matching("width >= 512")
+    assert str(raised.value) == (
+        "'width >= 512': expected width not to be a text where it is compared with a number, it is the text 'unknown' for one of "
+        "1 images: NULLIF(width, 'unknown') leaves it out, CAST(width AS REAL) takes it for a number"
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("key = 5", "key holds texts, 5 is a number: write '5'"),
+        ("100 < key", "key holds texts, 100 is a number"),
+        ("id IN (1, 2)", "id holds texts, 1 is a number"),
+        ("added_at > '2025-01-31'", "added_at holds seconds since 1970, '2025-01-31' is a text"),
+    ],
+)
+def test_the_stores_own_columns_are_compared_with_their_kind(where: str, text: str) -> None:
+    with filled(None) as store, pytest.raises(UsageError, match=re.escape(text)):
+        store.matching(where)
+
+
+def test_texts_of_removed_images_do_not_stop_a_comparison_of_numbers() -> None:
+    with filled(None, MIXED) as store:
+        store.remove([store.facts(np.array([2]))[0][0]])
+        assert matching(store, "width >= 512") == [1]
+
+
+SLOW = " AND ".join(f"trim(lower(source), '{n}') != upper(source)" for n in range(200))
+
+
+@pytest.mark.parametrize("where", [None, "folder"])
+def test_a_condition_that_takes_too_long_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str | None
+) -> None:
+    monkeypatch.setattr(condition_module, "MAX_SECONDS", 0.0)
+    with filled(tmp_path / where if where else None, [{}] * 200) as store:
+        with pytest.raises(UsageError, match=r"was not answered in 0 seconds: make it simpler"):
+            store.matching(SLOW)
+        monkeypatch.undo()
+        assert len(matching(store, SLOW)) == 200
+
+
+def test_an_interruption_reaches_a_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        calls = 0
+
+        def monotonic(self) -> float:
+            self.calls += 1
+            if self.calls > 1:
+                raise KeyboardInterrupt
+            return 0.0
+
+    with filled(None, [{}] * 200) as store:
+        monkeypatch.setattr(condition_module, "time", Clock())
+        with pytest.raises(KeyboardInterrupt):
+            store.matching(SLOW)
+
+
+def test_a_condition_of_endless_length_is_refused() -> None:
+    with filled(None) as store, pytest.raises(UsageError, match=r"at most 10,000 letters, got 15,001: shorten it"):
+        store.matching("1" + " OR 1" * 3000)
+
+
+def test_conditions_do_not_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_begun = threading.Barrier(2, timeout=30)
+    real = store_module.rows_where
+
+    def together(*given: Any) -> np.ndarray:
+        both_begun.wait()
+        return real(*given)
+
+    monkeypatch.setattr(store_module, "rows_where", together)
+    with filled(tmp_path / "store") as store, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(matching, store, "width >= 512") for _ in range(2)]
+        assert [one.result(30) for one in asked] == [[0, 1, 3, 4]] * 2
 
 
 def test_of_many_names_an_error_lists_the_first_twenty() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import sqlite3
 import tarfile
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,6 +205,107 @@ def test_numbers_of_a_csv_are_numbers_where_the_whole_column_is(photos: Path) ->
         "b.png": {"whole": -12, "float": 3.0, "code": "8", "word": "five", "huge": 1.0},
     }
     assert isinstance(found["a.png"]["whole"], int)
+
+
+GAPS = ["nan", "NaN", "n/a", "N/A", "null", "NULL", "<NA>", "#N/A", "", " nan"]
+
+
+@pytest.mark.parametrize("gap", [*GAPS, "NA", "None", "-", "?"])
+@pytest.mark.parametrize("other", ["640", "0.5"])
+def test_what_is_not_known_leaves_a_column_of_a_csv_numbers(photos: Path, gap: str, other: str) -> None:
+    table = write(photos / "facts.csv", "source,x", f"a.png,{other}", f"b.png,{gap}")
+    found = matched(table, photos / "a.png", photos / "b.png")[0]
+    assert found == {"a.png": {"x": float(other)}, "b.png": {}}
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_what_is_not_known_is_left_out_of_texts_and_of_other_tables(photos: Path, gap: str) -> None:
+    lines = [{"file_name": "a.png", "x": gap, "y": None}, {"file_name": "b.png", "x": "a word", "y": math.nan}]
+    for table in (
+        write(photos / "facts.csv", "source,x", f"a.png,{gap}", "b.png,a word"),
+        write(photos / "facts.jsonl", *map(json.dumps, lines)),
+    ):
+        assert matched(table, photos / "a.png", photos / "b.png")[0] == {"a.png": {}, "b.png": {"x": "a word"}}
+
+
+def test_a_number_that_no_64_bits_hold_makes_its_column_texts(photos: Path) -> None:
+    table = write(
+        photos / "facts.csv", "source,phash,low", "a.png,18446744073709551615,-9223372036854775808", "b.png,7,7"
+    )
+    found = matched(table, photos / "a.png", photos / "b.png")[0]
+    assert found["a.png"] == {"phash": "18446744073709551615", "low": -(2**63)}
+    assert found["b.png"] == {"phash": "7", "low": 7}
+
+
+def test_spaces_after_commas_belong_to_no_field(photos: Path) -> None:
+    table = write(photos / "facts.csv", "source, width, word", 'a.png, 640, "x, y"')
+    assert matched(table, photos / "a.png")[0] == {"a.png": {"width": 640, "word": "x, y"}}
+
+
+def members(path: Path, *names: str) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for number, name in enumerate(names):
+            content = io.BytesIO()
+            Image.new("RGB", (8, 8), (60 * number, len(path.name), 9)).save(content, "PNG")
+            info = tarfile.TarInfo(name)
+            info.size = content.tell()
+            content.seek(0)
+            archive.addfile(info, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("member", "called"),
+    [
+        ("./0001.png", "key,w 0001,5"),
+        ("./0001.png", "key,w ./0001.png,5"),
+        ("././a/0001.png", "key,w a/0001,5"),
+        ("0001.input.png", "key,w 0001,5"),
+        ("0001.input.png", "key,w 0001.input,5"),
+        ("v1.0/0001.jpg.png", "key,w v1.0/0001,5"),
+        (unicodedata.normalize("NFD", "café.png"), "key,w " + unicodedata.normalize("NFC", "café,5")),
+        (unicodedata.normalize("NFC", "café.png"), "source,w " + unicodedata.normalize("NFD", "café.png,5")),
+        ("./0001.png", "source,w 0001.png,5"),
+        ("./0001.png", "source,w shard.tar::0001.png,5"),
+        ("a/0001.png", "source,w shard.tar::a\\0001.png,5"),
+    ],
+)
+def test_a_name_finds_its_image_as_other_programs_write_it(tmp_path: Path, member: str, called: str) -> None:
+    archive = members(tmp_path / "shard.tar", member)
+    found, unmatched = matched(write(tmp_path / "facts.csv", *called.split(" ")), archive)
+    assert (list(found.values()), unmatched) == ([{"w": 5}], 0)
+
+
+def test_names_that_differ_in_their_unicode_form_only_stay_two(tmp_path: Path) -> None:
+    forms = [unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD")]
+    archive = members(tmp_path / "shard.tar", *forms)
+    found = matched(write(tmp_path / "facts.csv", "source,w", f"{forms[0]},1", f"{forms[1]},2"), archive)[0]
+    assert found == {f"shard.tar::{forms[0]}": {"w": 1}, f"shard.tar::{forms[1]}": {"w": 2}}
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_table_called_like_a_shard_tells_of_that_shard_alone(tmp_path: Path, ending: str) -> None:
+    shards = [members(tmp_path / f"s{n}.tar", "0001.png", *(["0002.png"] if n else [])) for n in range(2)]
+    rows = (
+        ("key,w", "0001,{n}", "0002,{n}")
+        if ending == "csv"
+        else ('{{"key": "0001", "w": {n}}}', '{{"key": "0002", "w": {n}}}')
+    )
+    tables = [write(tmp_path / f"s{n}.{ending}", *(row.format(n=n) for row in rows)) for n in range(2)]
+    expected = {"s0.tar::0001.png": {"w": 0}, "s1.tar::0001.png": {"w": 1}, "s1.tar::0002.png": {"w": 1}}
+    assert matched(tables, *shards) == (expected, 1)
+
+
+def test_rows_without_an_image_are_explained(tmp_path: Path) -> None:
+    shards = [members(tmp_path / f"s{n}.tar", "0001.png") for n in range(2)]
+    table = write(tmp_path / "facts.csv", "key,w", "0001,5", "0007,5", *(f"{n},5" for n in range(9)))
+    found = match_tables(table, find_images(shards))
+    assert found.unmatched == 11
+    assert [one.partition(": ")[2] for one in found.reasons] == [
+        f"'0001' could be 2 images, such as {tmp_path}/s0.tar::0001.png and {tmp_path}/s1.tar::0001.png",
+        "no image is called '0007'",
+        "no image is called '0'",
+    ]
 
 
 @settings(max_examples=50, deadline=None)

@@ -23,7 +23,8 @@ from milvus_server import ServerConnection
 
 from knn_diffusion import ImageIndex
 from knn_diffusion.errors import ConfigError, FingerprintError, MissingDependencyError, StoreError, UsageError
-from knn_diffusion.retrieval.database import SCHEMA, rows_where
+from knn_diffusion.retrieval.condition import rows_where
+from knn_diffusion.retrieval.database import SCHEMA
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.milvus import MilvusConfig, MilvusRetriever, collection_name, push
@@ -436,6 +437,7 @@ def test_the_command_pushes_and_tells(
     store: Store, uri: str, name: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = store.folder
+    store.set_setting("dedup", '{"cosine": 0.98}')
     store.close()
     code, out, _ = run("index", "push", folder, uri, "--collection", name, "--json")
     assert code == 0

@@ -279,6 +279,8 @@ def _tell(report: AddReport, index: ImageIndex, folder: Path, as_json: bool) -> 
         say(f"skipped {len(report.skipped) - SKIPPED_SHOWN} more, see --json")
     if report.unmatched_rows:
         say(f"rows of metadata that tell of none of these images, or of several: {report.unmatched_rows:,}")
+        for reason in report.unmatched_reasons:
+            say(f"  {reason}")
 
     def lines() -> Iterator[str]:
         yield f"added {report.added:,}, present before {report.already_present:,}, skipped {len(report.skipped):,}"

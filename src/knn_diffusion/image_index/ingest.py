@@ -32,6 +32,8 @@ class AddReport:
     """Ids of the images added, in their order."""
     unmatched_rows: int = 0
     """Rows of the tables of metadata that tell of none of the images, or of several."""
+    unmatched_reasons: list[str] = field(default_factory=list)
+    """Why the first of these rows do."""
 
 
 class Writer:
@@ -39,7 +41,7 @@ class Writer:
 
     def __init__(self, store: Store, told: Matched | None = None) -> None:
         self._told = told or Matched(metadata={})
-        self.report = AddReport(unmatched_rows=self._told.unmatched)
+        self.report = AddReport(unmatched_rows=self._told.unmatched, unmatched_reasons=list(self._told.reasons))
         self._store = store
         self._ready: dict[str, Row] = {}
 

@@ -1,21 +1,16 @@
-"""The SQLite side of the store: schema, connections, filters, and SQLite's errors turned into ours."""
+"""The SQLite side of the store: schema, connections, and SQLite's errors turned into ours."""
 
 from __future__ import annotations
 
 import os
-import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-from jaxtyping import Int
-
-from knn_diffusion.errors import StoreError, UsageError
+from knn_diffusion.errors import StoreError
 from knn_diffusion.retrieval.holder import holder
 from knn_diffusion.retrieval.identity import (
     DATABASE,
@@ -55,11 +50,6 @@ UPGRADE = (f"ALTER TABLE items ADD COLUMN {ITEM_CHECKSUM}", PURGED)
 """From format 1."""
 LOCK_SECONDS = 10.0
 _PARAMETERS = 500  # fewer than any SQLite allows in one statement
-NAMES_SHOWN = 20
-_QUOTED = re.compile(
-    r"""'[^']*' | "(?P<name>[^"]*)" | \[[^\]]*\] | `[^`]*` | --[^\n]* | /\*.*?\*/""", re.VERBOSE | re.DOTALL
-)
-"""What stands in quotes of any kind, and comments."""
 FREED_PAGES = 4096
 """Pages given back to the disk in one transaction, 16 MiB."""
 
@@ -190,34 +180,6 @@ def translated_errors(folder: Path | None, database: Connection | None = None) -
         raise StoreError(text) from None
 
 
-def rows_where(database: sqlite3.Connection, condition: str, names: Sequence[str] = ()) -> Int[np.ndarray, "some"]:
-    """The rows whose item fulfils an SQL condition over FILTER_COLUMNS; it can read nothing else and write nothing.
-
-    Args:
-        names: of metadata, which are columns too; identifiers.
-
-    Raises: UsageError when it is no such condition; StoreError when metadata is damaged.
-    """
-    if (unknown := _unknown_in_double_quotes(condition, names)) is not None:
-        raise _refused(condition, f'no such column: "{unknown}"; texts stand in single quotes', names)
-    used = [name for name in names if name.lower() in condition.lower()]
-    view = "described"
-    while view in condition.lower():  # so that the condition cannot name it, and read what only the view may
-        view += "_"
-    table = _described(view, used) if used else "SELECT row FROM items"
-    database.set_authorizer(partial(_only_conditions, view))
-    try:
-        found = database.execute(f"{table} WHERE ({condition}\n)").fetchall()
-    except (sqlite3.Error, sqlite3.Warning, UnicodeError) as error:
-        database.set_authorizer(None)
-        if used and database.execute("SELECT 1 FROM metadata WHERE NOT json_valid(facts) LIMIT 1").fetchone():
-            raise StoreError(f"{DATABASE} holds damaged metadata: restore a copy or build the index again") from None
-        raise _refused(condition, str(error), names) from None
-    finally:
-        database.set_authorizer(None)
-    return np.array([row for (row,) in found], np.int64)
-
-
 def text(value: str) -> str:
     """Text that a database can hold, also for a file name that is no valid UTF-8."""
     return value.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -253,40 +215,3 @@ def _opened(place: str) -> Connection:
         timeout=LOCK_SECONDS,
         factory=Connection,
     )
-
-
-def _unknown_in_double_quotes(condition: str, names: Sequence[str]) -> str | None:
-    """The first that is no column: SQLite takes it for a text, and the condition for one that holds for all images or none."""
-    columns = {name.lower() for name in ("row", "items", *FILTER_COLUMNS, *names)}
-    quoted = (match["name"] for match in _QUOTED.finditer(condition) if match["name"] is not None)
-    return next((name for name in quoted if name.lower() not in columns), None)
-
-
-def _refused(condition: str, reason: str, names: Sequence[str]) -> UsageError:
-    known = [*FILTER_COLUMNS, *names[:NAMES_SHOWN], *(["…"] if len(names) > NAMES_SHOWN else [])]
-    return UsageError(
-        f"expected a condition over {', '.join(known)}, such as source LIKE '%fruit%', got {condition!r} ({reason}): mend it"
-    )
-
-
-def _described(view: str, names: Sequence[str]) -> str:
-    """The beginning of a query of items with their metadata as columns; SQLite takes apart only those that are asked for."""
-    columns = [f"items.{column}" for column in ("row", *FILTER_COLUMNS)]
-    columns += [f'json_extract(metadata.facts, \'$."{name}"\') AS "{name}"' for name in names]
-    joined = f"SELECT {', '.join(columns)} FROM items LEFT JOIN metadata ON metadata.row = items.row"
-    return f"WITH {view} AS ({joined}) SELECT row FROM {view} AS items"
-
-
-def _only_conditions(
-    view: str, action: int, table: str | None, column: str | None, database: str | None, inside: str | None
-) -> int:
-    """SQLite's question whether the statement may do that, answered so that a filter only compares items' fields.
-
-    Metadata as a whole is read only inside the view.
-    """
-    of_items = table == "items" and column in (*FILTER_COLUMNS, "row")
-    of_metadata = table == "metadata" and column in ("facts", "row") and inside == view
-    counts = table in ("items", "metadata") and column == ""  # that there are rows, but no values
-    reads = action == sqlite3.SQLITE_READ and (of_items or of_metadata or counts)
-    allowed = reads or action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION)
-    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY

@@ -1,7 +1,7 @@
 """The present state of a store: its connections to the database, and the snapshot that reads start from.
 
-Any number of threads read through one connection, in turn; another one writes, and a third answers conditions, which may take
-long. In memory all connections are the same, so that a reader waits for the end of a transaction. A snapshot is made anew when
+Any number of threads read through one connection, in turn; another one writes. Each condition, which may take long, has its own.
+In memory all connections are the same, so that a reader waits for the end of a transaction. A snapshot is made anew when
 somebody, here or elsewhere, has committed.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,13 @@ class LiveState:
         self.reader = database
         self._writer = database if folder is None else None
         self._writing = self.reading if folder is None or read_only else threading.RLock()
-        self._asker: Connection | None = None
-        self._asking = threading.Lock()
         self._snapshot = Snapshot(alive=np.zeros(0, bool), segments=())
         self._seen = UNSEEN
         self._reload()
 
     def close(self) -> None:
         """Leave one database file without a journal beside it."""
-        with self._writing, self._asking, self.reading:
-            if self._asker is not None:
-                self._asker.close()
+        with self._writing, self.reading:
             self.reader.close()
             if self._writer is not None and self._writer is not self.reader:
                 close_writer(self._writer, self.folder)
@@ -78,16 +74,13 @@ class LiveState:
 
     @contextmanager
     def asking(self) -> Iterator[Connection]:
-        """A connection for a question that may take long; others read meanwhile, unless the store is in memory."""
+        """A connection for a question that may take long; others read and ask meanwhile, unless the store is in memory."""
         if self.folder is None or self._writer is self.reader:
             with self.reading:
                 yield self.reader
             return
-        with self._asking:
-            if self._asker is None:
-                self._asker = self._same(connect_to_read(self.folder)[0])
-            self._asker = self._followed(self._asker)
-            yield self._asker
+        with closing(self._same(connect_to_read(self.folder)[0])) as asker:
+            yield asker
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:

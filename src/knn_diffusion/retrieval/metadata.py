@@ -35,6 +35,8 @@ MAX_NAMES = 64
 """Of all images of a store together."""
 RESERVED = ("row", "id", "source", "key", "content", "added_at", "deleted_at", "crc32")
 """The store's own columns."""
+GAPS = frozenset(("", "nan", "-nan", "n/a", "#n/a", "null", "<na>"))
+"""Texts by which programs write that nothing is known, in small letters."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HELD: dict[type[Value], set[str]] = {
     bool: {"true", "false"},
@@ -122,15 +124,21 @@ def checked(metadata: Mapping[str, Any]) -> dict[str, Value]:
     return facts
 
 
-def scalars(row: Mapping[str, Any], besides: Collection[str] = ()) -> dict[str, Value]:
+def scalars(row: Mapping[str, Any], besides: Collection[str] = (), *, gaps: bool = False) -> dict[str, Value]:
     """What a row of somebody's table holds that can be metadata; the rest, such as lists and NaN, is left out.
 
     Args:
         besides: columns that mean something else.
+        gaps: leave out texts that say that nothing is known; other people's tables have them among numbers.
     """
     names = column_names(tuple(column for column in row if column not in besides))
     found = ((name, _scalar(row[column])) for column, name in names.items())
-    return {name: value for name, value in found if value is not None}
+    return {name: value for name, value in found if value is not None and not (gaps and is_gap(value))}
+
+
+def is_gap(value: Value) -> bool:
+    """Whether it says that nothing is known."""
+    return isinstance(value, str) and value.strip().lower() in GAPS
 
 
 @lru_cache(64)

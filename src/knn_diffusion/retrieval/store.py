@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Float16, Int, UInt8
 from knn_diffusion.errors import StoreError, UsageError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval import compaction, manifest, verify
+from knn_diffusion.retrieval.condition import rows_where
 from knn_diffusion.retrieval.database import (
     SCHEMA,
     close_writer,
@@ -34,7 +35,6 @@ from knn_diffusion.retrieval.database import (
     connect_to_read,
     connect_to_write,
     pieces,
-    rows_where,
     text,
     translated_errors,
 )  # fmt: skip
@@ -277,7 +277,7 @@ class Store:
         Args:
             where: over id, source, key, added_at (seconds since 1970) and the names of metadata, NULL where it is missing.
 
-        Raises: UsageError when it is no condition, or names anything else; CompactedError when the snapshot is too old.
+        Raises: UsageError when it is no condition, names anything else, or takes too long; CompactedError when the snapshot is too old.
         """
         if snapshot is None:
             return self.consistently(lambda now: self.matching(where, now))

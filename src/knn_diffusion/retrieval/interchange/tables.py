@@ -153,7 +153,7 @@ def _of_row(row: Mapping[str, Any], ids: bool) -> Provenance:
         source=next(filter(None, named), "") if named else None,
         key=next((_word(row[name]) for name in KEY_COLUMNS if name in row), ""),
         content=content if ours else "",
-        metadata=scalars(row, OWN_COLUMNS),
+        metadata=scalars(row, OWN_COLUMNS, gaps=not ours),
     )
 
 

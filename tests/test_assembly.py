@@ -133,6 +133,8 @@ def test_a_converted_tokenizer_serves_a_denoiser_that_reads_neighbors(world: Pat
     )
     made = assemble(tmp_path / "mine", parts, drawing=Drawing(k=2, num_steps=3, order="halton"))
     assert (made.sampler.num_steps, made.k) == (3, 2)
+    without = assemble(tmp_path / "without", parts, drawing=Drawing(k=0, num_steps=3, order="halton"))
+    assert without.k == 0
     out = KnnDiffusion.from_pretrained(tmp_path / "mine", device="cpu")("a cat")
     assert (out.images[0].size, len(out.neighbors)) == ((4 * TEXT_GRID,) * 2, 2)
     assert "license: unknown" in (tmp_path / "mine" / "README.md").read_text()

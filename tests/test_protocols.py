@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from knn_diffusion import stickers
-from knn_diffusion.errors import CheckpointError, ConfigError, UsageError
+from knn_diffusion.errors import CheckpointError, ConfigError, StoreError, UsageError
 from knn_diffusion.evaluation import examiner as examining
 from knn_diffusion.evaluation import protocols
 from knn_diffusion.images import SourceImage
@@ -245,6 +245,61 @@ def test_a_whole_evaluation_writes_json_markdown_and_pictures(
     assert {"command", "hardware", "commit", "judge", "settings"} <= stored["facts"].keys()
     assert (tmp_path / "out" / "pictures.png").is_file()
     assert "drawing what is asked" in seen
+
+
+class PipeWithoutIndex(FakePipe):
+    """One whose denoiser was trained without neighbors."""
+
+    def __init__(self, source: FakePipe) -> None:
+        self._source, self.model, self.tokenizer, self.asked = source, source.model, source.tokenizer, source.asked
+
+    @property
+    def index(self) -> FakeIndex:
+        raise StoreError("expected an index, the model has none of its own")
+
+    def __call__(self, prompt: str, **settings: Any) -> Any:
+        return self._source(prompt, **settings | {"k": 0})
+
+
+def test_a_model_without_an_index_is_put_to_what_needs_none_and_its_report_is_saved(
+    examiner: protocols.Examiner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocols, "load_judge", lambda folder: examiner.judge)
+    pipe, asked = PipeWithoutIndex(examiner.pipe), {"glyphs": examiner.glyphs, "config": examiner.config}
+    report = protocols.evaluate(pipe, tmp_path, tmp_path / "out", num_prompts=12, **asked)
+    assert [section.name for section in report.sections] == ["draws", "frechet", "pictures"]
+    assert "- images in the index: it has none\n" in (tmp_path / "out" / "report.md").read_text()
+    examiner.pipe.asked.clear()
+    with pytest.raises(
+        UsageError, match=r"expected a model with an index for adapts, it has none: name one \(--index\)"
+    ):
+        protocols.evaluate(pipe, tmp_path, only=["draws", "adapts"], **asked)
+    assert not examiner.pipe.asked, "refused before anything is drawn"
+
+
+def test_what_was_measured_is_saved_when_a_later_protocol_fails(
+    examiner: protocols.Examiner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(protocols, "load_judge", lambda folder: examiner.judge)
+    monkeypatch.setitem(protocols.PROTOCOLS, "frechet", fail)
+    with pytest.raises(KeyboardInterrupt):
+        protocols.evaluate(
+            examiner.pipe, tmp_path, tmp_path / "out", only=["draws", "frechet"], num_prompts=12,
+            glyphs=examiner.glyphs, config=examiner.config,
+        )  # fmt: skip
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [section["name"] for section in stored["sections"]] == ["draws"]
+
+
+def test_a_judge_that_lacks_a_concept_is_refused_before_anything_is_drawn(examiner: protocols.Examiner) -> None:
+    examiner.judge.config = replace(examiner.judge.config, concepts=("nothing",))
+    for protocol in (protocols.draws_what_is_asked, protocols.adapts):
+        with pytest.raises(UsageError, match="expected a judge that knows every concept"):
+            protocol(examiner)
+    assert not examiner.pipe.asked
 
 
 def test_unknown_protocols_missing_judges_and_empty_settings_are_refused(

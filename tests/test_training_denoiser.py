@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_world import GRID, GRIDS, SIZE, build_model, draw_pictures
 
-from knn_diffusion import ImageIndex
+from knn_diffusion import ImageIndex, KnnDiffusion
 from knn_diffusion.config import from_dict
 from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.errors import ConfigError, UsageError
@@ -285,3 +285,28 @@ def test_fewer_neighbors_than_grids_are_refused(world: Path) -> None:
     run = tiny_run(world)
     with pytest.raises(ConfigError, match="conditioning.k must be at least grid_neighbors, 3, got 2"):
         replace(run, denoiser=replace(run.denoiser, **GRIDS))
+
+
+@pytest.mark.parametrize("start", [None, 3, 0])
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_model_draws_with_neighbors_if_and_only_if_it_was_trained_with_them(
+    world: Path, tmp_path: Path, k: int, start: int | None
+) -> None:
+    init = None
+    if start is not None:
+        init = Path(shutil.copytree(world / "model", tmp_path / "start"))
+        write_pipeline_file(init, name="start", sampler=SamplerConfig(num_steps=2), k=start)
+    options = RunOptions(output=tmp_path / "run", device="cpu")
+    with ImageIndex.open(world / "model" / "index") as index:
+        train_denoiser(
+            tiny_run(world, k=k),
+            [world / "pictures"],
+            index,
+            options,
+            tokenizer=world / "model" / "tokenizer",
+            init=init,
+        )
+        pipe = KnnDiffusion.from_pretrained(tmp_path / "run" / "model", index=index, device="cpu")
+        drawn = pipe("a red heart", num_inference_steps=1)
+    expected = 0 if k == 0 else start or k
+    assert (load_model(tmp_path / "run" / "model").k, drawn.k, len(drawn.neighbors)) == (expected,) * 3

@@ -276,7 +276,8 @@ def _drawing(model: Model, source: PipelineFile | None, asked: Drawing) -> tuple
     sampler = replace(sampler, **{name: value for name, value in changes.items() if value is not None})
     if sampler.num_steps > trained:
         raise UsageError(f"expected at most {trained} steps, as trained, got {sampler.num_steps}: ask for fewer")
-    return sampler, asked.k or (10 if source is None else source.k)
+    k = 10 if source is None else source.k
+    return sampler, k if asked.k is None else asked.k
 
 
 def _origin(facts: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ class PipelineFile:
     name      how the model is called in answers and settings
     parts     digest of each part's weights, so that a part of another model is noticed
     sampler   how the model draws when a request does not say otherwise
-    k         neighbors retrieved for each prompt, at least 1
+    k         neighbors retrieved for each prompt; 0 for a denoiser that was trained without (the paper's no-kNN baseline)
     query_weight  how much of the text's own embedding the query slot has against the neighbors' mean; 1 is the paper's
     agreement     neighbors of a smaller cosine to the first are left out; 0 leaves none out, as in the paper
     facts     what the training run wrote down: data, recipe, commit, hardware, scores; shown on the model card
@@ -81,7 +81,7 @@ class PipelineFile:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        require(self.k >= 1, "k", self.k, "at least 1")
+        require(self.k >= 0, "k", self.k, "at least 0")
         fits = 0 <= self.query_weight <= MAX_QUERY_WEIGHT
         require(fits, "query_weight", self.query_weight, f"in [0, {MAX_QUERY_WEIGHT:g}]")
         require(0 <= self.agreement <= 1, "agreement", self.agreement, "in [0, 1]")

@@ -113,7 +113,7 @@ def assemble(
         str | None, typer.Option("--name", help="What the model is called.", show_default="the folder's name")
     ] = None,
     k: Annotated[
-        int | None, typer.Option("-k", help="Neighbors to retrieve.", min=1, show_default=DENOISERS_OWN)
+        int | None, typer.Option("-k", help="Neighbors to retrieve.", min=0, show_default=DENOISERS_OWN)
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Denoising steps.", min=1, show_default=DENOISERS_OWN)

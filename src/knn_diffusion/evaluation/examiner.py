@@ -17,6 +17,7 @@ from PIL import Image
 
 from knn_diffusion import images, stickers
 from knn_diffusion.config import config, require
+from knn_diffusion.errors import StoreError
 from knn_diffusion.evaluation.metrics import Features, bootstrap_frechet, frechet_distance, frechet_estimate
 from knn_diffusion.evaluation.report import Row
 from knn_diffusion.models.judge import Judge, Judgement, judge_images
@@ -164,6 +165,14 @@ def shown_in(source: str, names: Collection[str]) -> set[str]:
             found.add(name)
             text = text.replace(words, "  ")
     return found
+
+
+def has_index(pipe: Pipe) -> bool:
+    """Whether the model has images to retrieve from; one that was trained without neighbors needs none."""
+    try:
+        return pipe.index is not None
+    except StoreError:
+        return False
 
 
 def nearest_sources(pipe: Pipe, text: str, k: int) -> list[str]:

@@ -34,6 +34,7 @@ from knn_diffusion.evaluation.examiner import (
     distance_scenes,
     drawn_features,
     extended,
+    has_index,
     nearest_sources,
     reference_features,
     scenes_of,
@@ -75,15 +76,15 @@ def evaluate(
     config: EvaluationConfig | None = None,
     glyphs: NamedGlyphs | None = None,
 ) -> Report:
-    """Run protocols on a model; with `output` also write report.json, report.md and the pictures there.
+    """Run protocols on a model; with `output` also write report.json, report.md and the pictures there, after each protocol.
 
     Args:
         model: a bundled name, a model folder, or a loaded pipeline.
         judge_folder: the judge; by default the one beside the bundled models.
-        only: names of protocols, all by default.
+        only: names of protocols; by default all, for a model without an index all that need none.
         num_prompts: prompts of the judged protocols and pictures of the distance, in place of the configuration's.
 
-    Raises: UsageError for an unknown protocol; MissingDependencyError without the emoji font; CheckpointError for a
+    Raises: UsageError for an unknown protocol, or one that needs an index where there is none; MissingDependencyError without the emoji font; CheckpointError for a
         missing judge or model.
     """
     names = _chosen(only)
@@ -91,12 +92,16 @@ def evaluate(
     if num_prompts is not None:
         settings = replace(settings, num_prompts=num_prompts, num_distance=max(2, num_prompts))
     examiner = prepare(model, judge_folder, settings, progress=progress, glyphs=glyphs)
+    if not has_index(examiner.pipe):
+        names = _without_index(names, asked=only is not None)
     place = None if output is None else Path(output)
     started = time.monotonic()
-    sections = [PROTOCOLS[name](examiner, place) for name in names]
-    report = report_of(examiner, sections, time.monotonic() - started)
-    if place is not None:
-        report.save(place)
+    report = report_of(examiner, [], 0.0)
+    for name in names:
+        sections = [*report.sections, PROTOCOLS[name](examiner, place)]
+        report = report_of(examiner, sections, time.monotonic() - started)
+        if place is not None:
+            report.save(place)
     return report
 
 
@@ -147,6 +152,7 @@ def understands_text(examiner: Examiner, output: Path | None = None) -> Section:
 def draws_what_is_asked(examiner: Examiner, output: Path | None = None) -> Section:
     """Prompts for one object on a coloured background: does the judge see the object and the colour in the answer?"""
     prompts = stickers.evaluation_prompts(examiner.config.seed, examiner.config.num_prompts, "train", examiner.known)
+    labels = _labels(examiner, prompts)  # a judge that lacks one is an error before the work
     drawn, retrieved = examiner.draw([text for text, _, _ in prompts], "drawing what is asked")
     real = examiner.render(scenes_of(prompts, examiner.config.seed))
     answers = {
@@ -164,7 +170,7 @@ def draws_what_is_asked(examiner: Examiner, output: Path | None = None) -> Secti
         f"nearest image. Reconstructions and real renders are the ceilings of tokenizer and judge. {ENCODER_NOTE}"
     )
     verdict = examiner.opinion(drawn)
-    hits = top_k_hits(verdict.concept, _labels(examiner, prompts), TOP_K)
+    hits = top_k_hits(verdict.concept, labels, TOP_K)
     details = {"missed": [prompts[number][0] for number in np.flatnonzero(~hits)]}
     return Section(name="draws", title="Draws what is asked", note=note, rows=rows, details=details)
 
@@ -173,7 +179,7 @@ def adapts(examiner: Examiner, output: Path | None = None) -> Section:
     """Held-out concepts before and after their pictures were added to the index, with the same weights and seeds."""
     config = examiner.config
     prompts = stickers.evaluation_prompts(config.seed, config.num_prompts, "held-out", examiner.known)
-    texts = [text for text, _, _ in prompts]
+    texts, labels = [text for text, _, _ in prompts], _labels(examiner, prompts)
     before, before_retrieved = examiner.draw(texts, "drawing unseen concepts, before")
     own = examiner.pipe.index
     added = _held_out_pictures(examiner, {concept for _, concept, _ in prompts})
@@ -191,7 +197,6 @@ def adapts(examiner: Examiner, output: Path | None = None) -> Section:
         ("tokenizer reconstructions", ""): examiner.reconstruct(real),
         ("real renders", ""): real,
     }
-    labels = _labels(examiner, prompts)
     rows = [
         Row(
             measure=f"concept, top-{TOP_K}",
@@ -249,6 +254,8 @@ PROTOCOLS: dict[str, Callable[[Examiner, Path | None], Section]] = {
     "frechet": frechet,
     "pictures": pictures,
 }
+OF_INDEX = ("understands", "adapts")
+"""Protocols about what is retrieved."""
 
 
 def choose_guidance(
@@ -338,6 +345,17 @@ def _chosen(only: str | Collection[str] | None) -> list[str]:
     return names
 
 
+def _without_index(names: list[str], *, asked: bool) -> list[str]:
+    """The protocols that a model without an index can be put to."""
+    needing = [name for name in names if name in OF_INDEX]
+    if needing and asked:
+        raise UsageError(
+            f"expected a model with an index for {' and '.join(needing)}, it has none: name one (--index), or ask for other "
+            "protocols"
+        )
+    return [name for name in names if name not in OF_INDEX]
+
+
 def _loaded(model: str | Path | Pipe) -> Pipe:
     if not isinstance(model, str | Path):
         return model
@@ -354,7 +372,7 @@ def _facts(examiner: Examiner, seconds: float) -> dict[str, Any]:
         "glyphs": examiner.glyphs.digest[:16],
         "judge": judge_digest(examiner.judge),
         "settings": {name: value for name, value in asdict(examiner.config).items() if value is not None},
-        "images in the index": len(examiner.pipe.index),
+        "images in the index": len(examiner.pipe.index) if has_index(examiner.pipe) else "it has none",
         "note": ENCODER_NOTE,
         **circumstances(),
         "seconds": round(seconds, 1),

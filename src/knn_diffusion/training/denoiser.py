@@ -100,7 +100,7 @@ class DenoiserObjective:
         self.step_sampler = StepSampler(run.schedule.num_steps, run.step_sampling)
         steps = min(16, run.schedule.num_steps)
         self.sampler = SamplerConfig(num_steps=steps, order="halton", guidance_scale=1.5)
-        self.k, self.query_weight, self.agreement = max(1, run.conditioning.k), 1.0, 0.0
+        self.k, self.query_weight, self.agreement = run.conditioning.k, 1.0, 0.0
         self.network: nn.Module = self.denoiser
         self.predict: nn.Module = self.denoiser
         self.modules: nn.Module = nn.ModuleDict({"denoiser": self.denoiser, "step_sampler": self.step_sampler})
@@ -208,11 +208,14 @@ class DenoiserObjective:
     def start_from(self, model: Path) -> None:
         """Take the weights of a model's denoiser, of the same shape, and the way the model draws.
 
+        Whether it draws with neighbors at all is this run's to say (the paper's baselines have none).
+
         Raises: FingerprintError when it was trained with another encoder; ConfigError when its shape differs.
         """
         folder, drawing = model / "denoiser", read_pipeline_file(model)
-        self.sampler, self.k = drawing.sampler, drawing.k
+        self.sampler = drawing.sampler
         self.query_weight, self.agreement = drawing.query_weight, drawing.agreement
+        self.k = (drawing.k or self.k) if self.k else 0
         trained, schedule, facts = load_denoiser(folder)
         if facts.get("encoder") != self.encoder_fingerprint:
             raise FingerprintError(

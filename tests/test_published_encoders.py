@@ -277,6 +277,55 @@ def test_a_missing_file_is_one_line(tiny_clip: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def shift(folder: Path) -> None:
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps({word: number + 500 for word, number in vocabulary.items()}))
+
+
+def lose_words(folder: Path) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+
+
+def lose_most_words(folder: Path) -> None:
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    ends = {"<|startoftext|>": 3, "<|endoftext|>": 4}
+    (folder / "vocab.json").write_text(json.dumps(dict(list(vocabulary.items())[:3]) | ends))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def lose_merges(folder: Path) -> None:
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def know_one_word(folder: Path) -> None:
+    """As many words as there should be, but everything that people write is unknown."""
+    count = len(json.loads((folder / "vocab.json").read_text()))
+    words = {f"<{number}>": number for number in range(count - 2)} | {
+        "<|startoftext|>": count - 2,
+        "<|endoftext|>": count - 1,
+    }
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (shift, r"expected the tokenizer in .* to know 81 words, as the text tower does, it knows 81"),
+        (lose_words, r"expected the tokenizer in .* to know 81 words, .* it knows 2: download the folder again"),
+        (lose_most_words, r"expected the tokenizer in .* to know 81 words, .* it knows 5: download the folder again"),
+        (lose_merges, r"expected the tokenizer in .* to use its vocabulary, it makes '\w+' of letters"),
+        (know_one_word, r"expected .* to tell texts apart, 'a cat' and 'a dog' get one vector"),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_text_towers_is_refused(tiny_clip: Path, change: Any, text: str) -> None:
+    change(tiny_clip)
+    with pytest.raises(CheckpointError, match=text) as caught:
+        load_encoder(tiny_clip)
+    assert "\n" not in str(caught.value)
+
+
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 

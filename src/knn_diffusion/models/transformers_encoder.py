@@ -52,6 +52,9 @@ ENCODER_FILES = (
 """What is fetched of an encoder's repository, and the files that an index names; pickles only where there are no safetensors."""
 USUAL_SIZE = 224
 """Side in pixels of a framed picture where the network reads pictures of any size."""
+WORDS_TRIED = 300
+"""Entries of a vocabulary, evenly spread, that are looked for in what its tokenizer makes of them."""
+PROBES = ("a cat", "a dog")
 DIGEST = "weights_sha256"
 """In the `config.json` of an encoder that was saved here: its fingerprint."""
 
@@ -199,12 +202,41 @@ def load_transformers_encoder(folder: Path, name: str) -> TransformersEncoder:
         )
     if broken := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
         raise CheckpointError(f"{folder}: {broken[0]} holds values that are not finite: download it again")
+    _require_vocabulary(tokenizer, int(model.config.text_config.vocab_size), folder)
     encoder = TransformersEncoder(model, processor, tokenizer, name)
+    one, other = encoder.encode_texts(PROBES)
+    if np.array_equal(one, other):
+        raise CheckpointError(
+            f"expected {folder} to tell texts apart, {PROBES[0]!r} and {PROBES[1]!r} get one vector: its tokenizer is of another "
+            "model or incomplete, download it again"
+        )
     if read_facts(folder / CONFIG_FILE).get(DIGEST, encoder.fingerprint) != encoder.fingerprint:
         raise CheckpointError(
             f"{folder} is damaged (its digest is not the one stored with it): copy or download it again"
         )
     return encoder
+
+
+def _require_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:
+    """Raise CheckpointError when the tokenizer's words are not those that the text tower has vectors for.
+
+    Without its files transformers makes a tokenizer of two words, without its merges one that knows letters only.
+    """
+    words = {number: word for word, number in tokenizer.get_vocab().items()}
+    beyond = sum(number >= vocab_size for number in words)
+    if len(words) < vocab_size / 2 or beyond > len(words) / 100:
+        raise CheckpointError(
+            f"expected the tokenizer in {folder} to know {vocab_size:,} words, as the text tower does, it knows {len(words):,}: "
+            "download the folder again with vocab.json and merges.txt, or tokenizer.json"
+        )
+    ordinary = sorted(number for number in words if number not in set(tokenizer.all_special_ids))
+    texts = {number: tokenizer.decode([number]).strip() for number in ordinary[:: max(1, len(ordinary) // WORDS_TRIED)]}
+    long = {number: text for number, text in texts.items() if len(text) > 1 and text.isascii() and text.isalpha()}
+    if long and not any(number in tokenizer(text, verbose=False)["input_ids"] for number, text in long.items()):
+        raise CheckpointError(
+            f"expected the tokenizer in {folder} to use its vocabulary, it makes {next(iter(long.values()))!r} of letters: "
+            "download the folder again with merges.txt, or tokenizer.json"
+        )
 
 
 def _transformers(name: str) -> Any:

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Int
 
 from knn_diffusion.errors import StoreError, UsageError
-from knn_diffusion.retrieval.database import DATABASE, FILTER_COLUMNS, pieces
+from knn_diffusion.retrieval.database import FILTER_COLUMNS, pieces
+from knn_diffusion.retrieval.identity import DATABASE
 
 FUNCTIONS = frozenset(
     [

@@ -401,7 +401,7 @@ def test_a_denoiser_trained_with_another_encoder_is_noticed(own: Path) -> None:
     [
         ({"format_version": 99}, CheckpointError, "upgrade knn-diffusion"),
         ({"colour": "red"}, KnnDiffusionError, "colour"),
-        ({"k": 0}, KnnDiffusionError, "k must be at least 1"),
+        ({"k": -1}, KnnDiffusionError, "k must be at least 0"),
     ],
 )
 def test_a_strange_pipeline_file_is_refused(

@@ -362,6 +362,29 @@ def test_index_rule_shows_and_sets_when_two_images_are_copies(run: Any, index: P
     fails(run("index", "rule", "stickers", "--cosine", 0.9), 1, "read-only")
 
 
+def test_index_build_says_what_is_odd_about_pictures_it_uses(run: Any, model: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "art"
+    pictures.mkdir()
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(pictures / "a.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (16, 16), "green").save(pictures / "b.png")
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(pictures / "c.png")
+    build = ("index", "build", pictures, "--encoder", model / "encoder", "--output")
+    ran = run(*build, tmp_path / "one")
+    told = ran.err.splitlines()
+    assert told[0].startswith(
+        f"skipped {pictures / 'c.png'}: expected a picture with something to see, got 64 × 64 pixels"
+    )
+    assert told[1:] == [
+        f"animated or paged files, of which the first picture is used: 1 (first: {pictures / 'a.gif'})",
+        f"pictures of less than 32 pixels, which are enlarged: 1 (first: {pictures / 'b.png'})",
+    ]
+    assert run(*build, tmp_path / "two", "--json").json["hints"] == {
+        "first_of_several": {"count": 1, "first": str(pictures / "a.gif")},
+        "small": {"count": 1, "first": str(pictures / "b.png")},
+    }
+
+
 def test_index_failures(run: Any, index: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
     encoder = ("--encoder", model / "encoder")
     fails(run("index", "build", pictures, "--output", index, *encoder), 2, str(index.name))

@@ -96,7 +96,8 @@ def id_of(image: Image.Image) -> str:
 def test_build_search_reopen(photos: Path, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     with ImageIndex.build([photos], tmp_path / "index", ENCODER, progress=lambda *one: told.append(one)) as index:
-        assert index.report == AddReport(added=11, ids=index.ids)
+        assert index.report is not None
+        assert index.report == AddReport(added=11, ids=index.ids, hints=index.report.hints)
         assert told[-1] == ("adding images", 11, 11)
         assert len(index) == 11
     with ImageIndex.open(tmp_path / "index", ENCODER) as index:

@@ -272,11 +272,15 @@ def _existing(image: Path | None) -> Path:
 
 
 def _tell(report: AddReport, index: ImageIndex, folder: Path, as_json: bool) -> None:
+    from knn_diffusion.image_index.hints import HINTS
+
     result = {**asdict(report), "index": str(folder.absolute()), "count": len(index), "framing": index.framing}
     for one in report.skipped[:SKIPPED_SHOWN]:
         say(" ".join(f"skipped {one.source}: {one.reason}".split()))
     if len(report.skipped) > SKIPPED_SHOWN:
         say(f"skipped {len(report.skipped) - SKIPPED_SHOWN} more, see --json")
+    for hint, hinted in report.hints.items():
+        say(f"{HINTS[hint]}: {hinted.count:,} (first: {' '.join(hinted.first.split())})")
     if report.unmatched_rows:
         say(f"rows of metadata that tell of none of these images, or of several: {report.unmatched_rows:,}")
         for reason in report.unmatched_reasons:

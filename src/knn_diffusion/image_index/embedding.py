@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from knn_diffusion import images as pictures
+from knn_diffusion.image_index.hints import Hint, hints_of
+from knn_diffusion.image_index.settings import NEW_SIDE
 from knn_diffusion.images import SourceImage
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES
@@ -43,6 +45,7 @@ class Row:
     vector: np.ndarray
     thumbnail: np.ndarray
     preview: bytes | None
+    hints: tuple[Hint, ...] = ()
     tokens: np.ndarray | None = None
 
 
@@ -114,6 +117,7 @@ class _Held:
     item: Item
     thumbnail: np.ndarray
     preview: bytes | None
+    hints: tuple[Hint, ...]
     known: str | None = None
     vector: np.ndarray | None = None
     tokens: np.ndarray | None = None
@@ -125,7 +129,12 @@ class _Held:
         if not (np.isfinite(self.vector).all() and self.vector.any()):
             return Skipped(source=self.item.source, reason="the encoder gives no usable vector for it")
         return Row(
-            item=self.item, vector=self.vector, thumbnail=self.thumbnail, preview=self.preview, tokens=self.tokens
+            item=self.item,
+            vector=self.vector,
+            thumbnail=self.thumbnail,
+            preview=self.preview,
+            hints=self.hints,
+            tokens=self.tokens,
         )
 
 
@@ -148,11 +157,13 @@ def _read(source: SourceImage, side: int | None) -> _Held | Skipped:
     try:
         image = source.load()
         item = Item(source=source.source, key=source.key, content=content_digest(image))
+        framed = pictures.frame(image, side or NEW_SIDE)
         thumbnail = pictures.averages(image, 8).reshape(THUMBNAIL_VALUES)
-        preview = preview_of(image, side) if side else None
+        preview = encoded_preview(framed) if side else None
+        hints = hints_of(image, framed)
     except Exception as error:  # whatever a decoder raises, the job goes on
         return Skipped(source=source.source, reason=str(error) or type(error).__name__)
-    return _Held(source=source, image=image, item=item, thumbnail=thumbnail, preview=preview)
+    return _Held(source=source, image=image, item=item, thumbnail=thumbnail, preview=preview, hints=hints)
 
 
 class _Batch:
@@ -211,8 +222,8 @@ def content_digest(image: Image.Image) -> str:
     return hashlib.sha256(f"{rgb.width}x{rgb.height};".encode() + rgb.tobytes()).hexdigest()
 
 
-def preview_of(image: Image.Image, side: int) -> bytes:
-    """The framed picture as WebP, `side` pixels across; with its alpha, if something shows through it."""
+def encoded_preview(framed: Image.Image) -> bytes:
+    """A framed picture as WebP, with its alpha if something shows through it."""
     buffer = io.BytesIO()
-    pictures.frame(image, side).save(buffer, "WEBP", quality=PREVIEW_QUALITY)
+    framed.save(buffer, "WEBP", quality=PREVIEW_QUALITY)
     return buffer.getvalue()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from knn_diffusion import images as pictures
 from knn_diffusion.image_index.embedding import Outcome, Row, Skipped
+from knn_diffusion.image_index.hints import Hint, Hinted
 from knn_diffusion.image_index.metadata_table import Matched
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.store import Store
@@ -30,6 +31,8 @@ class AddReport:
     skipped: list[Skipped] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     """Ids of the images added, in their order."""
+    hints: dict[Hint, Hinted] = field(default_factory=dict)
+    """What is odd about some of those added (`image_index.hints`)."""
     unmatched_rows: int = 0
     """Rows of the tables of metadata that tell of none of the images, or of several."""
     unmatched_reasons: list[str] = field(default_factory=list)
@@ -73,6 +76,10 @@ class Writer:
         self.report.already_present += int((~added).sum())
         ids = (self._store.id_of_content(row.item.content) for row, new in zip(ready, added, strict=True) if new)
         self.report.ids += [one for one in ids if one is not None]
+        for row in (row for row, new in zip(ready, added, strict=True) if new):
+            for hint in row.hints:
+                before = self.report.hints.get(hint, Hinted(count=0, first=row.item.source))
+                self.report.hints[hint] = replace(before, count=before.count + 1)
 
 
 def find_sources(images: Images) -> list[SourceImage]:

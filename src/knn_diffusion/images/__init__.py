@@ -10,7 +10,17 @@ from knn_diffusion.images.arrays import (
 )
 from knn_diffusion.images.decode import MAX_PIXELS, OF_SEVERAL, is_transparent, open_image
 from knn_diffusion.images.find import ImageFile, SourceImage, find_files, find_images, is_container
-from knn_diffusion.images.framing import FRAMING, Colour, averages, frame, on_ground, showing_ground, square
+from knn_diffusion.images.framing import (
+    FRAMING,
+    Colour,
+    averages,
+    frame,
+    longer_side,
+    on_ground,
+    showing_ground,
+    square,
+    subject,
+)
 from knn_diffusion.images.save import grid, parameters_text, read_settings, save_png
 
 __all__ = [
@@ -28,6 +38,7 @@ __all__ = [
     "grid",
     "is_container",
     "is_transparent",
+    "longer_side",
     "network_input",
     "on_ground",
     "open_image",
@@ -38,6 +49,7 @@ __all__ = [
     "save_png",
     "showing_ground",
     "square",
+    "subject",
     "to_array",
     "uint8_from_pixels",
 ]

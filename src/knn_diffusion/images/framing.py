@@ -44,6 +44,18 @@ def frame(image: Image.Image, size: int) -> Image.Image:
     """
     _require_size(size)
     picture = _opened(image)
+    found = subject(picture)
+    if found is None:
+        return square(picture, size)
+    box, ground = found
+    return _placed(picture if len(ground) == 4 else picture.convert("RGB"), box, size, ground)
+
+
+def subject(picture: Image.Image) -> tuple[Box, tuple[int, ...]] | None:
+    """The box around what an RGB or RGBA picture shows, and the ground of its frame; None where its centred square is used.
+
+    Raises: ImageError when it is transparent everywhere.
+    """
     if is_transparent(picture):
         box = _box(picture, "A", (0,))
         if box is None:
@@ -51,13 +63,18 @@ def frame(image: Image.Image, size: int) -> Image.Image:
                 f"expected a picture with something to see, got {picture.width} × {picture.height} pixels that are all "
                 f"transparent (alpha of at most {NOISE} of 255): leave it out"
             )
-        return _placed(picture, box, size, (0, 0, 0, 0))
-    picture = picture.convert("RGB")
-    ground = _plain_ground(picture)
-    box = None if ground is None else _box(picture, "RGB", ground)
-    if ground is None or box is None or _longer(box) < SPECK * max(picture.width, picture.height):
-        return square(picture, size)
-    return _placed(picture, box, size, ground)
+        return box, (0, 0, 0, 0)
+    opaque = picture.convert("RGB")
+    ground = _plain_ground(opaque)
+    box = None if ground is None else _box(opaque, "RGB", ground)
+    if ground is None or box is None or longer_side(box) < SPECK * max(picture.width, picture.height):
+        return None
+    return box, ground
+
+
+def longer_side(box: Box) -> int:
+    """Of width and height."""
+    return max(box[2] - box[0], box[3] - box[1])
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -137,10 +154,6 @@ def _centre(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + side, top + side)).convert("RGB")
 
 
-def _longer(box: Box) -> int:
-    return max(box[2] - box[0], box[3] - box[1])
-
-
 def _box(picture: Image.Image, channels: str, ground: Sequence[int]) -> Box | None:
     """The smallest box around all that differs from the ground by more than noise, None where nothing does."""
     boxes = []
@@ -165,7 +178,7 @@ def _plain_ground(picture: Image.Image) -> Colour | None:
 
 def _placed(picture: Image.Image, box: Box, size: int, ground: tuple[int, ...]) -> Image.Image:
     """What is in the box, its longer side at 15/16 of `size`, in the middle of a frame of that ground."""
-    scale = max(1, round(size * 15 / 16)) / _longer(box)
+    scale = max(1, round(size * 15 / 16)) / longer_side(box)
     width, height = (max(1, round((box[end] - box[end - 2]) * scale)) for end in (2, 3))
     subject = _resized(picture.crop(box), width, height)
     framed = Image.new(picture.mode, (size, size), ground)

@@ -9,9 +9,9 @@ from jaxtyping import Bool
 from PIL import Image, ImageFilter
 
 from knn_diffusion.errors import UsageError
+from knn_diffusion.images.framing import frame
 from knn_diffusion.stickers.art import Art
 from knn_diffusion.stickers.compositions import Sticker, Thing, body_in
-from knn_diffusion.stickers.framing import frame
 from knn_diffusion.stickers.tints import tint
 from knn_diffusion.stickers.vocabulary import concept_named
 
@@ -110,6 +110,13 @@ def _joined(sticker: Sticker, longer: int, art: Art) -> Image.Image:
     return trimmed(canvas)
 
 
+def _with_margin(image: Image.Image) -> Image.Image:
+    """The picture with transparency around it, so that art that fills a rectangle is framed as a sticker too."""
+    wider = Image.new("RGBA", (image.width + 2, image.height + 2))
+    wider.paste(image, (1, 1))
+    return wider
+
+
 def compose(sticker: Sticker, size: int, art: Art) -> Image.Image:
     """The sticker as a framed RGBA picture of `size` × `size` pixels.
 
@@ -126,4 +133,4 @@ def compose(sticker: Sticker, size: int, art: Art) -> Image.Image:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if sticker.turned:
         image = trimmed(image.rotate(sticker.turned, Image.Resampling.BICUBIC, expand=True))
-    return frame(cut_out(image) if sticker.bordered else image, size)
+    return frame(_with_margin(cut_out(image) if sticker.bordered else image), size)

@@ -41,7 +41,7 @@ class Icon:
         """The drawing as a complete SVG document."""
         return (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{self.left} {self.top} {self.width} {self.height}" width="{self.width}" height="{self.height}">'
+            f'viewBox="{self.left:g} {self.top:g} {self.width:g} {self.height:g}" width="{self.width:g}" height="{self.height:g}">'
             f"{self.body}</svg>"
         )
 
@@ -63,7 +63,7 @@ def read_package(folder: str | Path) -> dict[str, Icon]:
         name: Icon(
             name=name,
             body=entry["body"],
-            **{key: entry.get(key, content.get(key, default)) for key, default in _BOX.items()},
+            **{key: float(entry.get(key, content.get(key, default))) for key, default in _BOX.items()},
         )
         for name, entry in icons.items()
     }

@@ -92,6 +92,17 @@ def test_any_number_of_steps_draws_from_the_predicted_distribution(preset: Prese
     assert torch.allclose(shares, probs, atol=0.025)
 
 
+@pytest.mark.parametrize(("order", "likeliest"), [("ancestral", 0.55), ("halton", 0.55), ("confidence", 0.75)])
+def test_confidence_alone_favours_likely_codes(order: str, likeliest: float) -> None:
+    """As its docstring says: the draws that are kept are chosen by what was drawn."""
+    schedule = Schedule(num_steps=20, vocab_size=4, preset="absorbing")
+    logits = torch.tensor([0.55, 0.3, 0.1, 0.05]).log().expand(24**2, -1)
+    sampler = config(order=order, num_steps=16, choice_temperature=0.5)
+    drawn = sample(always(logits), schedule, None, None, config=sampler, grid=24, generators=generators(10))
+    share = float((drawn == 0).float().mean())
+    assert share > likeliest if order == "confidence" else share == pytest.approx(likeliest, abs=0.025)
+
+
 @every_chain
 def test_no_mask_is_left_and_no_unmasked_token_is_masked_again(preset: Preset, order: str) -> None:
     schedule = Schedule(num_steps=20, vocab_size=VOCAB, preset=preset)

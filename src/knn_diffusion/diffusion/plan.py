@@ -1,8 +1,10 @@
 """How an image is drawn, as far as it is known before the denoiser is asked: the settings, and the passes that follow from them.
 
-`ancestral` is the paper's chain: each token is unmasked by chance, at any stride. `halton` and `confidence` decide
-themselves which tokens are unmasked, so that few steps spread them well or take the surest first; what is drawn there is
-the same posterior. All orders give the denoiser the step whose masked share the tokens have.
+`ancestral` is the paper's chain: each token is unmasked by chance, at any stride. `halton` fixes which tokens are unmasked, so
+that few steps spread them well; what is drawn there is the same posterior. `confidence` draws every masked token from that
+posterior too, but keeps the draws with the highest probability and draws the others anew (MaskGIT): likely codes are kept more
+often than they are drawn, so that images are tidier and less various than the posterior's, and more so with less noise.
+All orders give the denoiser the step whose masked share the tokens have.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class SamplerConfig:
     num_steps: int = 16
     """Passes through the denoiser, 1 up to the trained N."""
     order: Order = "halton"
-    """Which tokens are unmasked when: by chance, in a fixed order that fills the grid evenly, or the surest first."""
+    """Which tokens are unmasked when: by chance, in a fixed order that fills the grid evenly, or the surest draws first."""
     reveal: Literal["schedule", "cosine", "arccos"] = "arccos"
     """How the masked share falls in `halton` and `confidence`: evenly along the trained schedule, or ever faster."""
     guidance_scale: float = 8.0

@@ -127,9 +127,9 @@ def _next_places(way: Way, now: Pass, x_n: Tokens) -> Places:
 
 
 def _unmask(way: Way, now: Pass, x_n: Tokens, p_s: Float[Tensor, "batch places classes"], places: Places) -> Tokens:
-    """Draw `count` masked tokens of each image from the posterior's codes: those whose turn is next, or the surest.
+    """Draw `count` masked tokens of each image from the posterior's codes: those whose turn is next, or the surest draws.
 
-    Visible tokens follow the posterior too where the schedule replaces tokens, and stay where it only masks.
+    The surest are chosen by what was drawn, which favours likely codes; a turn that is fixed favours none. Visible tokens follow the posterior too where the schedule replaces tokens, and stay where it only masks.
     """
     codes, shown = p_s[..., :-1], x_n[places]
     masked = shown == way.schedule.mask_id

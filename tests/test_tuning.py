@@ -67,7 +67,7 @@ def test_exact_neighbors_are_those_of_the_whole_product(monkeypatch: pytest.Monk
             scores = stored @ stored[own]
             scores[[own, 5, 6]] = -2
             assert truth.tolist() == np.argsort(-scores)[:4].tolist()
-            np.testing.assert_allclose(cosines, np.sort(scores)[::-1][:50], atol=1e-6)
+            np.testing.assert_allclose(cosines, np.sort(scores)[::-1][: len(cosines)], atol=1e-6)
 
 
 def test_recall_is_one_when_everything_is_looked_at_and_less_when_not() -> None:
@@ -173,22 +173,7 @@ def test_a_report_of_an_index_that_compares_everything_says_so() -> None:
     with ImageIndex(fill(Store.create(None, identity), 90), NumberEncoder()) as index:
         found = report(index, TEXTS, k=5, sample=20)
         assert [one.recall for points in found.curves.values() for one in points] == [1, 1]
-        assert "Every image is compared. Neighbors worth asking for: up to" in found.to_markdown()
-
-
-def test_the_advised_k_ends_where_neighbors_are_half_as_near() -> None:
-    cosines = np.tile([0.9, 0.8, 0.6, 0.5, 0.3], (4, 1))
-    nothing = np.zeros((4, 5), np.int64)
-    queries = tuning.Queries(
-        modality="image",
-        vectors=np.zeros((4, 2), np.float32),
-        own=np.zeros(4, np.int64),
-        truth=nothing,
-        cosines=cosines,
-        generation=0,
-    )
-    assert tuning.advised_k(queries, 0.1) == 4
-    assert tuning.advised_k(queries, 0.5) == 2
+        assert "Every image is compared." in found.to_markdown()
 
 
 def test_mean_pairs_are_those_of_all_pairs() -> None:

@@ -54,7 +54,10 @@ class Growth:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexReport:
-    """Recall against time for each modality, the gap between them, and how many neighbors are worth asking for."""
+    """Recall against time for each modality, and the gap between them.
+
+    How many neighbors a drawing needs is a matter of the denoiser and not told by distances: `evaluate -k` measures it.
+    """
 
     plan: str
     exact: bool
@@ -62,7 +65,6 @@ class IndexReport:
     k: int
     curves: dict[Modality, list[Measured]]
     in_use: dict[Modality, Reach]
-    advised_k: dict[Modality, int]
     gap: Gap | None
     growth: Growth | None
     """None where every image is compared, and where none came after the training."""
@@ -80,7 +82,7 @@ class IndexReport:
                 "| --- | --- | --- |",
                 *(f"| {one.reach.probes} | {one.recall:.3f} | {one.milliseconds:.2f} |" for one in points),
                 "",
-                f"{self._used(modality)} Neighbors worth asking for: up to {self.advised_k[modality]}.",
+                self._used(modality),
                 "",
             ]
         if self.gap is not None:
@@ -179,7 +181,6 @@ def report(
     asked = _queries(index, texts, k, sample)
     settings = index.retriever.settings
     gap = tuning.modality_gap(asked[0], asked[1]) if len(asked) > 1 else None
-    unrelated = {one.modality: float((one.vectors @ asked[0].vectors.T).mean()) for one in asked}
     return IndexReport(
         plan=index.plan().engine,
         exact=index.plan().layout == "exact",
@@ -187,7 +188,6 @@ def report(
         k=k,
         curves={one.modality: tuning.curve(index.retriever, one, progress) for one in asked},
         in_use={one.modality: settings.reach(one.modality) for one in asked},
-        advised_k={one.modality: tuning.advised_k(one, unrelated[one.modality]) for one in asked},
         gap=gap,
         growth=_growth(index, k, sample),
     )

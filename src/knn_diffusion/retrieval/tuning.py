@@ -26,8 +26,6 @@ PROBES = (1, 4, 8, 20, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 DEPTHS = (40, 20, 10, 5, 2)
 TIMED_QUERIES = 100
 BLOCK_ROWS = 65_536
-RANKS = 50
-"""Neighbors whose cosines are looked at to advise on k."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +43,7 @@ class Queries:
 
     own       the row of each query if it is an image of the index, which it must not find; -1 otherwise
     truth     rows of the k nearest, best first
-    cosines   with the nearest by their rank, at least k of them
+    cosines   with them
     generation  of the snapshot that the rows are of
     """
 
@@ -53,7 +51,7 @@ class Queries:
     vectors: Float32[np.ndarray, "queries dim"]
     own: Int[np.ndarray, "queries"]
     truth: Int[np.ndarray, "queries k"]
-    cosines: Float64[np.ndarray, "queries ranks"]
+    cosines: Float64[np.ndarray, "queries k"]
     generation: int
 
 
@@ -68,20 +66,18 @@ def image_queries(store: Store, count: int, k: int, *, records: range | None = N
         live = live[slice(*np.searchsorted(live, ends))]
     own = np.sort(np.random.default_rng(seed).choice(live, min(count, len(live)), replace=False))
     vectors = unit_vectors(store, own, snapshot)
-    ranks = min(max(k, RANKS), int(snapshot.alive.sum()) - 1)
-    rows, cosines = without(*exact_neighbors(store, snapshot, vectors, ranks + 1), own, ranks)
+    rows, cosines = without(*exact_neighbors(store, snapshot, vectors, k + 1), own, k)
     return Queries(
-        modality="image", vectors=vectors, own=own, truth=rows[:, :k], cosines=cosines, generation=snapshot.generation
+        modality="image", vectors=vectors, own=own, truth=rows, cosines=cosines, generation=snapshot.generation
     )
 
 
 def text_queries(store: Store, vectors: Float32[np.ndarray, "queries dim"], k: int) -> Queries:
     """Texts by their embeddings."""
     snapshot, own = store.snapshot(), np.full(len(vectors), ABSENT)
-    ranks = min(max(k, RANKS), len(snapshot.live_rows))
-    rows, cosines = exact_neighbors(store, snapshot, vectors, ranks)
+    rows, cosines = exact_neighbors(store, snapshot, vectors, k)
     return Queries(
-        modality="text", vectors=vectors, own=own, truth=rows[:, :k], cosines=cosines, generation=snapshot.generation
+        modality="text", vectors=vectors, own=own, truth=rows, cosines=cosines, generation=snapshot.generation
     )
 
 
@@ -189,17 +185,6 @@ def modality_gap(images: Queries, texts: Queries) -> Gap:
         text_nearest=float(texts.cosines[:, 0].mean()),
         image_nearest=float(images.cosines[:, 0].mean()),
     )
-
-
-def advised_k(queries: Queries, unrelated: float) -> int:
-    """The most neighbors of which the last still lies nearer to the first than to an unrelated image, on average.
-
-    Args:
-        unrelated: mean cosine of a query with a random image.
-    """
-    mean = queries.cosines.mean(0)
-    near = np.flatnonzero(mean >= (mean[0] + unrelated) / 2)
-    return int(near[-1]) + 1 if len(near) else 1
 
 
 def _mean_pair(vectors: Float32[np.ndarray, "rows dim"]) -> float:

@@ -63,7 +63,7 @@ def preview(store: Store, wanted: str) -> Image.Image | None:
 def _opened_preview(content: bytes, side: int, name: str) -> Image.Image:
     """Believes nothing: an index may come from anybody."""
     try:
-        with Image.open(io.BytesIO(content), formats=("WEBP",)) as opened:
+        with Image.open(io.BytesIO(content), formats=("WEBP",)) as opened:  # noqa: TID251
             if max(opened.width, opened.height) <= side:
                 return opened.convert("RGBA" if opened.mode == "RGBA" else "RGB")
             problem = f"is {opened.width} × {opened.height}"

@@ -109,7 +109,7 @@ def glyph_file_name(char: str) -> str:
 def _folder_glyph(folder: Path, char: str) -> Image.Image:
     path = folder / glyph_file_name(char)
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=["PNG"]) as image:  # noqa: TID251
             return image.convert("RGBA")
     except OSError:
         raise UsageError(f"expected the glyph {char!r} in {folder}, there is no readable {path.name}: add it") from None

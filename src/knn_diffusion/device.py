@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -14,6 +15,40 @@ BFLOAT16_CAPABILITY = (8, 0)
 """From this compute capability on a GPU multiplies bfloat16 matrices itself."""
 FULL = ("out of memory", "ALLOC_FAILED")
 """What the texts of errors hold when a device, or a library on it, finds no memory."""
+
+
+class _Float32:
+    """A block in which new tensors are float32 whatever another library set; for any number of threads at once, as `_Quiet` is."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._other = threading.Lock(), 0, torch.float32
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._other = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_default_dtype(self._other)
+
+
+_FLOAT32 = _Float32()
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """A block, or a decorated function, in which torch's default dtype and device are its own ones: float32 and the CPU.
+
+    Another library may have set others for itself, and then networks would be built of float64, and tensors meet on two devices.
+    """
+    elsewhere = torch.get_default_device().type != "cpu"
+    with _FLOAT32, torch.device("cpu") if elsewhere else nullcontext():
+        yield
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -32,6 +32,7 @@ from knn_diffusion.checkpoint import (
     write_json,
 )
 from knn_diffusion.config import config, require, to_dict
+from knn_diffusion.device import own_defaults
 from knn_diffusion.diffusion.conditioning import MAX_QUERY_WEIGHT
 from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.diffusion.process import Schedule
@@ -147,6 +148,7 @@ def read_pipeline_file(folder: Path) -> PipelineFile:
     return stored_config(PipelineFile, values, folder / PIPELINE_FILE)
 
 
+@own_defaults()
 def load_model(name_or_folder: str | Path, revision: str | None = None) -> Model:
     """Read and verify every part of a model, float32 on the CPU.
 
@@ -178,6 +180,7 @@ def load_model(name_or_folder: str | Path, revision: str | None = None) -> Model
     return model
 
 
+@own_defaults()
 def load_denoiser(folder: Path) -> tuple[Denoiser, Schedule, dict[str, Any]]:
     """A denoiser, its noise schedule and the facts beside it. Raises: CheckpointError when it is missing or damaged."""
     part = load_part(folder, kind="denoiser", config_class=DenoiserConfig)

@@ -30,6 +30,7 @@ from knn_diffusion.device import (
     computes_bfloat16,
     device_name,
     full_memory_told,
+    own_defaults,
 )
 from knn_diffusion.diffusion.compiled import CompiledStep
 from knn_diffusion.diffusion.conditioning import (
@@ -139,6 +140,7 @@ class KnnDiffusion:
             self.index = index
 
     @classmethod
+    @own_defaults()
     def from_pretrained(
         cls,
         name_or_folder: str | Path,
@@ -232,6 +234,7 @@ class KnnDiffusion:
             reads_grids=self.neighbor_tokens is not None,
         )
 
+    @own_defaults()
     def generate(self, prompt: str, request: Request) -> Output:
         """Algorithm 2."""
         started = time.monotonic()
@@ -239,6 +242,7 @@ class KnnDiffusion:
         x_0 = self.draw(found.condition, range(request.num_images), request)
         return self._output(prompt, self.decode(x_0), found, request, started)
 
+    @own_defaults()
     @_memory_told
     def edit(
         self, image: Image.Image | str | Path, prompt: str, strength: float = 0.6, **settings: Unpack[Settings]
@@ -274,6 +278,7 @@ class KnnDiffusion:
             )
         return self._output(prompt, images, found, request, started)
 
+    @own_defaults()
     def retrieve(self, prompt: str, request: Request) -> Retrieved:
         """Algorithm 2, lines 2-4: the text's embedding and its K nearest images become y (Eq. 5), one row.
 
@@ -314,6 +319,7 @@ class KnnDiffusion:
             return None, None
         return self.neighbor_tokens.read(neighbors.ids, self.model.denoiser.config.grid_neighbors, self.index.preview)
 
+    @own_defaults()
     @_memory_told
     @torch.inference_mode()
     def draw(
@@ -367,6 +373,7 @@ class KnnDiffusion:
             step=self.step,
         )
 
+    @own_defaults()
     @_memory_told
     @torch.inference_mode()
     def decode(self, tokens: Tokens) -> list[Image.Image]:

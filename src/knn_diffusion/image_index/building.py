@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from knn_diffusion.device import own_defaults
+from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index.distributed import RayConfig, embed_on_ray
 from knn_diffusion.image_index.embedding import Group, embed_groups
 from knn_diffusion.image_index.encoder import IndexEncoder
@@ -71,6 +73,7 @@ def add(
 ) -> AddReport:
     """See ImageIndex.add."""
     found = find_sources(images)
+@own_defaults()
     writer = Writer(store, match_tables(metadata, found) if metadata is not None else None)
     recorder, tokenize = None, None
     groups = [Group(found)]

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from knn_diffusion.errors import ImageError
 
@@ -26,12 +26,14 @@ NOISE = 8
 class _Quiet:
     """A block without warnings, for any number of threads at once: the first to enter switches them off, the last one on.
 
+    Nor are truncated files filled up with grey in it, whatever another library set (`LOAD_TRUNCATED_IMAGES`).
+
     `warnings.catch_warnings` alone would leave them off when blocks of two threads overlap.
     """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._caught = warnings.catch_warnings()
+        self._caught, self._truncated = warnings.catch_warnings(), False
 
     def __enter__(self) -> None:
         with self._lock:
@@ -39,6 +41,7 @@ class _Quiet:
                 self._caught = warnings.catch_warnings()
                 self._caught.__enter__()
                 warnings.simplefilter("ignore")
+                self._truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -46,6 +49,7 @@ class _Quiet:
             self._inside -= 1
             if not self._inside:
                 self._caught.__exit__(None, None, None)
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._truncated
 
 
 _QUIET = _Quiet()

@@ -29,6 +29,7 @@ from knn_diffusion.checkpoint import (
     write_json,
 )
 from knn_diffusion.config import read_mapping
+from knn_diffusion.device import own_defaults
 from knn_diffusion.errors import CheckpointError, UsageError
 from knn_diffusion.hub import is_hub_id
 from knn_diffusion.models.fixed_batches import in_fixed_batches
@@ -92,12 +93,14 @@ class SmallJointEncoder:
         self.sentences.tower.to(device)
         return self
 
+    @own_defaults()
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
         """One unit row per image, squared to the tower's input first; transparency lies on a ground that shows the picture."""
         size = self.network.config.size
         arrays = [pictures.to_array(pictures.square(image, size)) for image in images]
         return self.encode_arrays(np.stack(arrays) if arrays else np.empty((0, size, size, 3), np.uint8))
 
+    @own_defaults()
     def encode_arrays(self, arrays: UInt8[np.ndarray, "queries height width 3"]) -> Embeddings:
         """One unit row per square of raw pixels that has the tower's size already."""
         device = self.network.text_head.weight.device
@@ -107,6 +110,7 @@ class SmallJointEncoder:
 
         return in_fixed_batches(embed, arrays, self.dim)
 
+    @own_defaults()
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """One unit row per text.
 
@@ -122,6 +126,7 @@ class SmallJointEncoder:
         return hashlib.sha256("\n".join([*weights, preprocessing]).encode()).hexdigest()
 
 
+@own_defaults()
 def load_encoder(name_or_dir: str | Path, *, network: bool = False, revision: str | None = None) -> JointEncoder:
     """The encoder of a registered name, of a folder, or of a repository `owner/name` on the Hugging Face hub.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from knn_diffusion.checkpoint import CONFIG_FILE, LoadedPart, apply_weights, load_part, read_facts, save_part
+from knn_diffusion.device import own_defaults
 from knn_diffusion.errors import UsageError
 from knn_diffusion.models.taming import TamingConfig, TamingTokenizer
 from knn_diffusion.models.tokenizer import VQGAN, TokenizerConfig
@@ -31,6 +32,7 @@ def load_tokenizer_part(folder: Path) -> tuple[str, LoadedPart[Any]]:
     return kind, load_part(folder, kind=kind, config_class=KINDS[kind][0])
 
 
+@own_defaults()
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """A tokenizer and the facts beside it, float32 on the CPU.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from knn_diffusion.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_facts, weights_digest
 from knn_diffusion.convert.legacy import read_tensors
 from knn_diffusion.convert.shards import read_shards, shard_names
+from knn_diffusion.device import own_defaults
 from knn_diffusion.errors import CheckpointError, MissingDependencyError, UsageError
 from knn_diffusion.hub import fetch
 from knn_diffusion.images import is_transparent, square
@@ -86,6 +87,7 @@ class TransformersEncoder:
         self.model.to(device)
         return self
 
+    @own_defaults()
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
         """One unit row per image; those with transparency are framed and lie on a ground that shows them."""
         if not images:
@@ -99,6 +101,7 @@ class TransformersEncoder:
 
         return in_fixed_batches(embed, np.arange(len(images)), self.dim)
 
+    @own_defaults()
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """One unit row per text.
 

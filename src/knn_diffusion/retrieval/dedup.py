@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
 from knn_diffusion.config import config, require
+from knn_diffusion.device import own_defaults
 from knn_diffusion.retrieval.segments import THUMBNAIL_VALUES, Snapshot
 from knn_diffusion.retrieval.store import Store
 
@@ -180,6 +181,7 @@ def gather(
     return torch.nn.functional.normalize(vectors, dim=1), torch.from_numpy(wide)
 
 
+@own_defaults()
 def calibrate(store: Store, *, sample: int = 1000, quantile: float = 0.99, seed: int = 0) -> DedupConfig | None:
     """A cosine threshold from the data: of images, at most 1 - quantile lose their nearest *visibly different* neighbor.
 

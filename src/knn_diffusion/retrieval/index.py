@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int
 
+from knn_diffusion.device import own_defaults
 from knn_diffusion.errors import KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.cell_engine import CellEngine, shape_of
@@ -125,6 +126,7 @@ class LocalRetriever:
         self.prepare()
         return self._engine.imbalance() if isinstance(self._engine, CellEngine) else 1.0
 
+    @own_defaults()
     def search(
         self,
         queries: Float[np.ndarray, "queries dim"],
@@ -159,6 +161,7 @@ class LocalRetriever:
 
         return self.store.consistently(read)
 
+    @own_defaults()
     def nearest(
         self,
         queries: Float[np.ndarray, "queries dim"],

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float16, Float64, Int, Int64, UInt8
 
 from knn_diffusion.config import config, require
+from knn_diffusion.device import own_defaults
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval import neighbors
 from knn_diffusion.retrieval.cell_join import CellLayout, lay_out, unit_tensor
@@ -75,6 +76,7 @@ class NearDuplicates:
     exact: bool
 
 
+@own_defaults()
 def find_near_duplicates(
     store: Store,
     snapshot: Snapshot,

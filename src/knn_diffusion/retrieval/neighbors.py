@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from knn_diffusion.checkpoint import atomic_write_bytes
+from knn_diffusion.device import own_defaults
 from knn_diffusion.errors import UsageError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.cell_join import UnfinishedTable, join_cells, lay_out
@@ -27,6 +28,7 @@ ABSENT = -1
 _MAX_VALUES = 2**25  # of candidate vectors held at once
 
 
+@own_defaults()
 def self_neighbors(
     store: Store,
     k: int,
@@ -80,6 +82,7 @@ def _joined(finder: _Finder, output: Path | None, progress: Progress | None) -> 
     return table if kept is None else kept.finish()
 
 
+@own_defaults()
 def neighbors_of(
     store: Store,
     queries: Float32[np.ndarray, "queries dim"],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from knn_diffusion.checkpoint import CONFIG_FILE, atomic_folder, save_part
 from knn_diffusion.compiler import compile_module
 from knn_diffusion.config import config, read_mapping, require, to_dict
-from knn_diffusion.device import choose_dtype, device_name, full_memory_told
+from knn_diffusion.device import choose_dtype, device_name, full_memory_told, own_defaults
 from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
 from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss
 from knn_diffusion.diffusion.plan import SamplerConfig
@@ -257,6 +257,7 @@ def condition_of(batch: Batch, query: Tensor) -> Condition:
     return make_condition(query, batch["neighbors"], batch["present"], batch.get("grids"), batch.get("grids_present"))
 
 
+@own_defaults()
 def train_denoiser(
     run: DenoiserRun,
     sources: Sequence[str | Path],

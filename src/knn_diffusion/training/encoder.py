@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from knn_diffusion.checkpoint import apply_weights
 from knn_diffusion.config import config, require, to_dict
-from knn_diffusion.device import choose_device
+from knn_diffusion.device import choose_device, own_defaults
 from knn_diffusion.model_folder import BUNDLES, resolve_model
 from knn_diffusion.models.encoders import TEXT_FOLDER, SmallJointEncoder, load_small_encoder, save_encoder
 from knn_diffusion.models.small_encoder import (
@@ -169,6 +169,7 @@ class EncoderObjective:
         return SmallJointEncoder(network, self.sentences, self.name)
 
 
+@own_defaults()
 def train_encoder(
     run: EncoderRun,
     sources: Sequence[str | Path],

@@ -21,6 +21,7 @@ from torch.nn import functional
 from knn_diffusion import images, stickers
 from knn_diffusion.checkpoint import write_json
 from knn_diffusion.config import read_mapping
+from knn_diffusion.device import own_defaults
 from knn_diffusion.models.judge import Judge, JudgeConfig, save_judge
 from knn_diffusion.progress import Progress
 from knn_diffusion.randomness import derive_seed
@@ -114,6 +115,7 @@ def default_training(num_steps: int = 4_500) -> TrainingConfig:
     )
 
 
+@own_defaults()
 def train_judge(
     options: RunOptions,
     config: TrainingConfig | None = None,

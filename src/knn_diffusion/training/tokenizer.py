@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from knn_diffusion.checkpoint import CONFIG_FILE, apply_weights, read_facts, save_part
 from knn_diffusion.config import config, require, to_dict
+from knn_diffusion.device import own_defaults
 from knn_diffusion.errors import UsageError
 from knn_diffusion.images import from_array, grid, over_ground, pixels_from_uint8, uint8_from_pixels
 from knn_diffusion.model_folder import resolve_model
@@ -209,6 +210,7 @@ class TokenizerObjective:
         )
 
 
+@own_defaults()
 def train_tokenizer(
     run: TokenizerRun,
     sources: Sequence[str | Path],

@@ -253,9 +253,7 @@ class PipeWithoutIndex(FakePipe):
     def __init__(self, source: FakePipe) -> None:
         self._source, self.model, self.tokenizer, self.asked = source, source.model, source.tokenizer, source.asked
 
-    @property
-    def index(self) -> FakeIndex:
-        raise StoreError("expected an index, the model has none of its own")
+    index = None  # type: ignore[assignment]
 
     def __call__(self, prompt: str, **settings: Any) -> Any:
         return self._source(prompt, **settings | {"k": 0})
@@ -277,6 +275,15 @@ def test_a_model_without_an_index_is_put_to_what_needs_none_and_its_report_is_sa
     assert not examiner.pipe.asked, "refused before anything is drawn"
 
 
+def test_a_pipeline_that_refuses_its_index_has_none() -> None:
+    class Refusing:
+        @property
+        def index(self) -> FakeIndex:
+            raise StoreError("expected an index, the model has none of its own")
+
+    assert not examining.has_index(Refusing())
+
+
 def test_what_was_measured_is_saved_when_a_later_protocol_fails(
     examiner: protocols.Examiner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +302,7 @@ def test_what_was_measured_is_saved_when_a_later_protocol_fails(
 
 
 def test_a_judge_that_lacks_a_concept_is_refused_before_anything_is_drawn(examiner: protocols.Examiner) -> None:
-    examiner.judge.config = replace(examiner.judge.config, concepts=("nothing",))
+    examiner.judge.config = replace(examiner.judge.config, concepts=("nothing", "more"))
     for protocol in (protocols.draws_what_is_asked, protocols.adapts):
         with pytest.raises(UsageError, match="expected a judge that knows every concept"):
             protocol(examiner)

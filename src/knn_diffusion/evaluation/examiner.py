@@ -167,7 +167,7 @@ def shown_in(source: str, names: Collection[str]) -> set[str]:
     return found
 
 
-def has_index(pipe: Pipe) -> bool:
+def has_index(pipe: Any) -> bool:
     """Whether the model has images to retrieve from; one that was trained without neighbors needs none."""
     try:
         return pipe.index is not None

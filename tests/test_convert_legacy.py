@@ -296,3 +296,57 @@ def test_reading_never_writes(tmp_path: Path) -> None:
     read: Tensor = read_tensors(path)["a"]
     read.zero_()
     assert path.read_bytes() == before
+
+
+def test_every_flipped_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
+    path = save({"a": torch.arange(40.0), "deep": [{"b": torch.ones(7)}]}, tmp_path / "x", True)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        entries = [one for one in archive.infolist() if "/data/" in one.filename]
+    for entry in entries:
+        start = whole.index(struct.pack("<f", 1), entry.header_offset + 30)
+        for place in range(start, start + 28):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << (place % 8)
+            path.write_bytes(changed)
+            with pytest.raises(CheckpointError, match=r"the values of (a|deep\.0\.b) do not have their checksum"):
+                read_tensors(path)
+
+
+def nested(levels: int = 60) -> bytes:
+    """A tuple that holds the one before twice: its hash takes 2^levels steps, its text as many letters."""
+    program = b"K\x01"
+    for _ in range(levels):
+        program += b"2\x86"  # DUP, TUPLE2
+    return program
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02}" + nested() + b"K\x01s.",
+        b"\x80\x02}(" + nested() + b"K\x01u.",
+        b"\x80\x02(" + nested() + b"K\x01d.",
+        b"\x80\x02ccollections\nOrderedDict\n](" + b"](" + nested() + b"K\x01ee\x85R.",
+        b"\x80\x02ccollections\nOrderedDict\n)R" + nested() + b"K\x01s.",
+        b"\x80\x04\x8f(" + nested() + b"\x90.",
+        b"\x80\x04(" + nested() + b"\x91.",
+    ],
+    ids=["setitem", "setitems", "dict", "pairs", "ordered", "set", "frozenset"],
+)
+def test_keys_that_multiply_are_left_out(tmp_path: Path, program: bytes) -> None:
+    assert read_tensors(hand_written(tmp_path / "x", program)) == {}
+
+
+def test_a_storage_of_a_key_that_multiplies_is_refused(tmp_path: Path) -> None:
+    program = b"\x80\x02(U\x07storagectorch\nFloatStorage\n" + nested() + b"U\x03cpuK\x04tQ."
+    with pytest.raises(CheckpointError, match="damaged or none"):
+        read_tensors(hand_written(tmp_path / "x", program))
+
+
+def test_an_inflated_entry_is_not_unpacked(tmp_path: Path) -> None:
+    path = hand_written(tmp_path / "x", described())
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/byteorder", b"little" + b" " * 10_000_000)
+    with pytest.raises(CheckpointError, match="damaged or none .*big-endian"):
+        read_tensors(path)

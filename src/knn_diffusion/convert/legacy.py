@@ -15,8 +15,9 @@ import mmap
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -34,6 +35,8 @@ STREAM = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 LOCAL_HEADER = 30
 """Bytes of a zip entry's own header, before its name."""
 STREAM_VERSION = 1001
+MAX_MARK = 64
+"""Bytes of an entry that holds a single word."""
 REFUSED = {code[0] for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8)}
 """What checkpoints never hold: objects another package registered, and memory of a size of the file's choosing."""
 LONGEST_PATH = 1000
@@ -73,6 +76,9 @@ class Storage:
     dtype: torch.dtype
     count: int
     start: int | None = None
+    crc: int = 0
+    """CRC-32 of the `nbytes` from `start` on, 0 where it is not known."""
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 tree, values = _read_stream(file)
             else:
                 raise CheckpointError(_unknown(path, start))
-        return {name: _rebuild(name, tensor, values) for name, tensor in _flatten(tree).items()}
+        found = _flatten(tree)
+        _verify(found, values)
+        return {name: _rebuild(name, tensor, values) for name, tensor in found.items()}
     except OSError as error:
         raise CheckpointError(
             f"expected a checkpoint, {path} cannot be read ({error.strerror}): check the path"
@@ -123,19 +131,81 @@ def _unknown(path: Path, start: bytes) -> str:
     return f"expected a safetensors file or a checkpoint of torch, {path} begins with {start[:8]!r}: check the file"
 
 
+def _is_plain(key: object) -> bool:
+    """Whether this is a name; hash and text of a nest of tuples can take for ever, and all memory there is."""
+    return isinstance(key, str | int | float | bytes | None)
+
+
+class Ordered(OrderedDict):
+    """An OrderedDict of plain keys; others are left out."""
+
+    def __init__(self, pairs: Any = ()) -> None:
+        super().__init__()
+        for key, value in pairs:
+            self[key] = value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if _is_plain(key):
+            super().__setitem__(key, value)
+
+
 class _TensorUnpickler(pickle._Unpickler):
     """The stack machine with nothing to call; in Python, since the one in C reserves memory as large as a file asks for."""
 
-    dispatch: ClassVar = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in REFUSED}
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in REFUSED
+    }
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    append: Callable[[Any], None]
 
     def __init__(self, file: Any, storage: Callable[[Any], Storage]) -> None:
         super().__init__(file, encoding="latin1")  # python 2's strings
         self.storage = storage
 
+    def _set(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        into = self.stack[-1]
+        for key, value in pairs:
+            if _is_plain(key):
+                into[key] = value
+
+    def load_setitem(self) -> None:
+        """One entry of a dictionary, if its key is plain."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([(key, value)])
+
+    def load_setitems(self) -> None:
+        """Several of them."""
+        items = self.pop_mark()
+        self._set(zip(items[::2], items[1::2], strict=True))
+
+    def load_dict(self) -> None:
+        """A dictionary of what was named since the mark."""
+        items = self.pop_mark()
+        self.append({key: value for key, value in zip(items[::2], items[1::2], strict=True) if _is_plain(key)})
+
+    def load_additems(self) -> None:
+        """What a set holds is no tensor, and is left out."""
+        self.pop_mark()
+
+    def load_frozenset(self) -> None:
+        """As of a set."""
+        self.pop_mark()
+        self.append(Stub())
+
+    dispatch |= {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         """A function that describes a tensor, the type of a storage, or an inert stub."""
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return Ordered
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
@@ -146,6 +216,10 @@ class _TensorUnpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         """The storage that `pid` describes; of an unknown type it is a stub."""
+        if not isinstance(pid, tuple) or not all(
+            map(_is_plain, (*pid[2:5], *(pid[5] or ())) if len(pid) > 5 else pid[2:])
+        ):
+            raise ValueError("a storage of another kind")
         return self.storage(pid) if isinstance(pid[1], torch.dtype) else Stub()
 
 
@@ -171,7 +245,8 @@ def _read_zip(file: BinaryIO) -> tuple[Any, memoryview]:
         raise CheckpointError(f"expected a checkpoint of torch, {file.name} is {what}: save its state_dict instead")
     if entries["data.pkl"].compress_type != zipfile.ZIP_STORED:
         raise ValueError("data.pkl is compressed")
-    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+    order = entries.get("byteorder")
+    if order is not None and (order.file_size > MAX_MARK or archive.read(order) != b"little"):
         raise ValueError("big-endian")
 
     def storage(pid: Any) -> Storage:
@@ -182,7 +257,8 @@ def _read_zip(file: BinaryIO) -> tuple[Any, memoryview]:
         name, extra = struct.unpack_from("<HH", values, entry.header_offset + LOCAL_HEADER - 4)
         if count * dtype.itemsize > entry.file_size:
             raise ValueError(f"data/{key} is short")
-        return Storage(dtype, count, entry.header_offset + LOCAL_HEADER + name + extra)
+        start = entry.header_offset + LOCAL_HEADER + name + extra
+        return Storage(dtype, count, start, crc=entry.CRC, nbytes=entry.file_size)
 
     return _unpickle(io.BytesIO(archive.read(entries["data.pkl"])), storage), values
 
@@ -220,6 +296,18 @@ def _read_stream(file: BinaryIO) -> tuple[Any, memoryview]:
     return tree, values
 
 
+def _verify(tensors: Mapping[str, Strided], values: memoryview) -> None:
+    """Raise ValueError where the values are not those that were written; a zip file says which, older files do not."""
+    sound = set[int]()
+    for name, tensor in tensors.items():
+        storage = tensor.storage
+        if not storage.crc or type(storage.start) is not int or storage.start in sound:
+            continue
+        if zlib.crc32(values[storage.start : storage.start + storage.nbytes]) != storage.crc:
+            raise ValueError(f"the values of {name} do not have their checksum")
+        sound.add(storage.start)
+
+
 def _rebuild(name: str, tensor: Strided, values: memoryview) -> Tensor:
     """The tensor, unless it reaches beyond its storage or repeats its values."""
     storage, size, stride = tensor.storage, tensor.size, tensor.stride
@@ -251,6 +339,7 @@ def _flatten(tree: Any) -> dict[str, Strided]:
             found[path] = value
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen and len(path) <= LONGEST_PATH:
             seen.add(id(value))
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            items = [(key, item) for key, item in pairs if len(str(key)) <= LONGEST_PATH]
             todo += [(f"{path}.{key}" if path else str(key), item) for key, item in items]
     return dict(sorted(found.items()))

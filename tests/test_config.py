@@ -84,3 +84,22 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, name: str, content:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=text):
         read_mapping(tmp_path / name)
+
+
+@pytest.mark.parametrize("depth", [60, 900, 100_000])
+@pytest.mark.parametrize(("name", "opening", "closing"), [("a.json", '{"a": [', "]}"), ("a.toml", "[", "]")])
+def test_files_that_are_nested_deeply_are_one_line(
+    tmp_path: Path, name: str, opening: str, closing: str, depth: int
+) -> None:
+    inner = opening * depth + closing * depth
+    (tmp_path / name).write_text(inner if name.endswith(".json") else f"a = {inner}")
+    with pytest.raises(ConfigError, match=r"is not valid (json|toml): ") as raised:
+        read_mapping(tmp_path / name)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_wrong_value_is_shown_in_part(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        from_dict(Outer, {"name": [["x" * 1000] * 100]})
+    assert len(str(raised.value)) < 400

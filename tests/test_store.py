@@ -16,7 +16,7 @@ import pytest
 from store_world import DIM, TOY, batch, content, everything, filled, id_of
 
 from knn_diffusion.errors import FingerprintError, KnnDiffusionError, StoreError, UsageError
-from knn_diffusion.retrieval import database
+from knn_diffusion.retrieval import database, manifest
 from knn_diffusion.retrieval import store as module
 from knn_diffusion.retrieval.segments import CompactedError
 from knn_diffusion.retrieval.store import Item, Store
@@ -494,3 +494,31 @@ def test_two_writers_take_turns(tmp_path: Path) -> None:
             stored = store.embeddings(store.rows_of([content(number)[:16]]))[0]
             np.testing.assert_allclose(stored, vector / np.linalg.norm(vector), atol=1e-3)
         assert store.problems() == []
+
+
+ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT 'a' || x AS name, 'b' AS value FROM n"
+
+
+@pytest.mark.parametrize("table", ["settings", "segments", "items"])
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_view_in_the_place_of_a_table_is_refused_before_it_is_read(
+    tmp_path: Path, table: str, read_only: bool
+) -> None:
+    filled(tmp_path / "index", range(2)).close()
+    raw = sqlite3.connect(tmp_path / "index" / "store.sqlite")
+    raw.executescript(f"DROP TABLE {table}; CREATE VIEW {table} AS {ENDLESS};")
+    raw.close()
+    with pytest.raises(StoreError, match=f"expected only tables in .*store.sqlite, it holds '{table}', which is none"):
+        Store.open(tmp_path / "index", read_only=read_only)
+
+
+def test_no_memory_is_taken_for_rows_that_no_file_holds(tmp_path: Path) -> None:
+    filled(tmp_path / "index", range(2)).close()
+    raw = sqlite3.connect(tmp_path / "index" / "store.sqlite")
+    raw.execute("UPDATE segments SET num_rows = ?", (2**33,))
+    settings, segments = manifest._signed(raw)
+    raw.execute("UPDATE settings SET value = ? WHERE name = 'signature'", (manifest._signature(settings, segments),))
+    raw.commit()
+    raw.close()
+    with pytest.raises(StoreError, match=r"is too short for the 8,589,934,592 rows that the database says"):
+        Store.open(tmp_path / "index")

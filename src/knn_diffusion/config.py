@@ -12,6 +12,10 @@ from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
 from knn_diffusion.errors import ConfigError
 
 T = TypeVar("T")
+MAX_DEPTH = 50
+"""Mappings and lists inside one another in a file."""
+SHOWN = 200
+"""Characters of a wrong value that a message shows."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -43,7 +47,7 @@ def from_dict(cls: type[T], values: Any, source: str = "configuration") -> T:
         if first["type"] == "unexpected_keyword_argument":
             raise ConfigError(f"{source}: {_unknown(cls, path)}") from None
         place = ".".join(path) or cls.__name__
-        cure = ": add it" if first["type"] == "missing" else f", got {first['input']!r}: change it"
+        cure = ": add it" if first["type"] == "missing" else f", got {repr(first['input'])[:SHOWN]}: change it"
         raise ConfigError(f"{source}: {place}: {first['msg'].lower()}{cure}") from None
 
 
@@ -62,9 +66,44 @@ def _unknown(cls: type, path: list[str]) -> str:
     return f"expected a setting{f' of {section}' if section else ''} ({', '.join(names)}), got {place}: {cure}"
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """As `parse_json`, of TOML."""
+    try:
+        parsed = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _refuse_depth(parsed)
+    return parsed
+
+
 def to_dict(value: Any) -> dict[str, Any]:
     """Plain values of a config dataclass, ready for JSON."""
     return asdict(value)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON of somebody's file holds. Raises: ValueError for what is no JSON, or nested deeper than any of ours."""
+    try:
+        parsed = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _refuse_depth(parsed)
+    return parsed
+
+
+def _refuse_depth(parsed: Any) -> None:
+    """Deep values would end whatever walks through them: a comparison, a copy, a message that shows them."""
+    level, depth = [parsed], 0
+    while level:
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -74,7 +113,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        parsed = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        parsed = parse_toml(text) if path.suffix == ".toml" else parse_json(text)
     except OSError as error:
         raise ConfigError(
             f"expected a configuration file, {path} cannot be read ({error.strerror}): check the path"

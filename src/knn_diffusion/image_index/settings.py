@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
-from knn_diffusion.config import from_dict, to_dict
-from knn_diffusion.errors import StoreError
+from knn_diffusion.config import from_dict, parse_json, to_dict
+from knn_diffusion.errors import ConfigError, StoreError
 from knn_diffusion.images import FRAMING
 from knn_diffusion.models.encoders import JointEncoder
 from knn_diffusion.models.transformers_encoder import TransformersEncoder
 from knn_diffusion.retrieval.dedup import DedupConfig, calibrate
 from knn_diffusion.retrieval.plan import IndexConfig
 from knn_diffusion.retrieval.store import EncoderIdentity, Store
+from knn_diffusion.retrieval.stored_array import CURE
 
+Kept = TypeVar("Kept", DedupConfig, IndexConfig)
 RULE, REACH = "dedup", "reach"
 FRAMED, PREVIEW_SIDE = "framing", "preview_side"
 NEW_SIDE, EARLIER_SIDE, LARGEST_SIDE = 128, 64, 1024
@@ -48,8 +51,7 @@ def preview_side(store: Store) -> int:
 
 def stored_rule(store: Store) -> DedupConfig:
     """The rule kept with the store, else the paper's."""
-    stored = store.setting(RULE)
-    return from_dict(DedupConfig, json.loads(stored), source=store.name) if stored is not None else DedupConfig()
+    return _stored(store, RULE, DedupConfig)
 
 
 def keep_rule(store: Store, rule: DedupConfig) -> None:
@@ -69,10 +71,19 @@ def settle_rule(store: Store, encoder: JointEncoder | None = None) -> None:
 
 def stored_settings(store: Store) -> IndexConfig:
     """The settings of a search, with the reaches kept with the store."""
-    stored = store.setting(REACH)
-    return from_dict(IndexConfig, json.loads(stored), source=store.name) if stored else IndexConfig()
+    return _stored(store, REACH, IndexConfig)
 
 
 def keep_reach(store: Store, settings: IndexConfig) -> None:
     """Keep with the store how far queries look; all other settings are those of each opening."""
     store.set_setting(REACH, json.dumps({"image": to_dict(settings.image), "text": to_dict(settings.text)}))
+
+
+def _stored(store: Store, name: str, config_class: type[Kept]) -> Kept:
+    """What is kept by that name, else the defaults. Raises: StoreError when it is damaged."""
+    if (stored := store.setting(name)) is None:
+        return config_class()
+    try:
+        return from_dict(config_class, parse_json(stored), source=store.name)
+    except (ValueError, ConfigError) as error:
+        raise StoreError(f"{store.name} holds damaged settings ({name}: {error}): {CURE}") from None

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from knn_diffusion.checkpoint import atomic_write_bytes
 from knn_diffusion.errors import ImageError, UsageError
+from knn_diffusion.config import parse_json
 from knn_diffusion.images.decode import one_line, open_checked
 
 CHUNK = "knn_diffusion"
@@ -62,7 +63,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     try:
         with open_checked(Path(path)) as image:
-            settings = json.loads(image.info.get(CHUNK, "{}"))
+            settings = parse_json(image.info.get(CHUNK, "{}"))
     except Exception as error:
         raise ImageError(
             f"expected an image with settings, {one_line(path)} cannot be read ({one_line(error)}): check it"

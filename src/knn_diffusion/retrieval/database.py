@@ -90,6 +90,7 @@ def connect_to_read(folder: Path) -> tuple[Connection, bool]:
             return _connect_without_writing(folder), True
         database = _connect(folder, "mode=rw")
         try:
+            refuse_programs(database, str(folder))
             found = database.execute("SELECT value FROM settings WHERE name = 'sealed'").fetchone()
         except BaseException:
             database.close()
@@ -98,6 +99,15 @@ def connect_to_read(folder: Path) -> tuple[Connection, bool]:
             database.close()
             return _connect(folder, "mode=ro&immutable=1"), True
         return database, False
+
+
+def refuse_programs(database: sqlite3.Connection, name: str) -> None:
+    """Raise StoreError when the database holds anything but tables and indexes: a view in a table's place could have no end."""
+    sql = "SELECT name FROM sqlite_master WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%' LIMIT 1"
+    for (found,) in database.execute(sql):
+        raise StoreError(
+            f"expected only tables in {name}/{DATABASE}, it holds {str(found)[:40]!r}, which is none: get an intact copy"
+        )
 
 
 def _connect_without_writing(folder: Path) -> Connection:
@@ -199,7 +209,7 @@ def _connect(folder: Path, options: str) -> Connection:
     path = folder / DATABASE
     while True:
         before = file_id(path)
-        database = _opened(f"file:{quote(str(path.absolute()))}?{options}")
+        database = _opened(f"file:{quote(os.fsencode(path.absolute()))}?{options}")
         if file_id(path) == before:
             database.file = before
             return database

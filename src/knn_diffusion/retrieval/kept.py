@@ -13,7 +13,6 @@ before faiss reads a file: of damaged files it loads a third and answers differe
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -27,6 +26,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from knn_diffusion.checkpoint import atomic_path, file_digest, write_json
+from knn_diffusion.config import parse_json
 from knn_diffusion.errors import KnnDiffusionError, StoreError
 from knn_diffusion.retrieval.cells import faiss_module, read_cells
 from knn_diffusion.retrieval.segments import Snapshot
@@ -255,7 +255,7 @@ class KeptIndex:
 def read_facts(folder: Path, name: str = FACTS) -> dict[str, Any] | None:
     """What the index kept in a cache folder is, None when there is none or it cannot be read."""
     try:
-        facts = json.loads((folder / name).read_text(encoding="utf-8"))
+        facts = parse_json((folder / name).read_text(encoding="utf-8"))
         if facts["format"] != FORMAT_VERSION:
             return None
         Shape(**facts["shape"])
@@ -275,7 +275,7 @@ def cache_problem(folder: Path) -> str | None:
     """What is wrong with the index kept in a store's folder, None when it is whole, not there, or of another version."""
     cache = folder / "cache"
     with suppress(OSError, ValueError, AttributeError):
-        if json.loads((cache / FACTS).read_text(encoding="utf-8")).get("format", FORMAT_VERSION) != FORMAT_VERSION:
+        if parse_json((cache / FACTS).read_text(encoding="utf-8")).get("format", FORMAT_VERSION) != FORMAT_VERSION:
             return None
     if not (cache / FACTS).is_file() and not list(cache.glob("search*.faiss")):
         return None

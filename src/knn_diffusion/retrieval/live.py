@@ -34,6 +34,9 @@ from knn_diffusion.retrieval.transaction import Transaction, transaction
 
 UNSEEN = -1
 
+MANY = 10_000_000
+"""Rows for which memory is not taken before a segment's file has that size; smaller damage is found where it is read."""
+
 
 class LiveState:
     """What a store is now, for any number of threads."""
@@ -137,6 +140,11 @@ class LiveState:
         number, first_row, num_rows, embeddings, thumbnails, items = values
         assert self.folder is not None
         folder = self.folder / SEGMENTS
+        rows = folder / file_name(number, "embeddings")
+        if num_rows > MANY and rows.is_file() and num_rows * found.encoder.dim * 2 > rows.stat().st_size:
+            raise StoreError(
+                f"{self.name}: {rows.name} is too short for the {num_rows:,} rows that the database says: {CURE}"
+            )
 
         def stored(kind: str, sha256: str, width: int, dtype: type[np.generic]) -> StoredArray:
             path, blocks = folder / file_name(number, kind), found.blocks.get((number, kind), b"")

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int64
 
+from knn_diffusion.config import parse_json
 from knn_diffusion.errors import StoreError
-from knn_diffusion.retrieval.database import BLOCKS, HISTORY, METADATA, UPGRADE
+from knn_diffusion.retrieval.database import BLOCKS, HISTORY, METADATA, UPGRADE, refuse_programs
 from knn_diffusion.retrieval.identity import DATABASE
 from knn_diffusion.retrieval.items import EncoderIdentity
 from knn_diffusion.retrieval.records import Records
@@ -74,6 +75,7 @@ def read_manifest(
 
     Raises: StoreError when they are damaged or of another format.
     """
+    refuse_programs(database, name)
     database.execute("BEGIN")
     try:
         settings = dict(database.execute("SELECT name, value FROM settings"))
@@ -101,7 +103,7 @@ def read_manifest(
         records=records,
         blocks=blocks,
         encoder=_read_encoder(settings, name),
-        metadata_names=tuple(json.loads(settings.get(METADATA_NAMES, "[]"))),
+        metadata_names=_read_names(settings, name),
     )
 
 
@@ -195,9 +197,16 @@ def _signature(settings: dict[str, str], segments: list[Any]) -> str:
 
 def _read_encoder(settings: dict[str, str], name: str) -> EncoderIdentity:
     try:
-        return EncoderIdentity(**json.loads(settings.get("encoder", "")))
+        return EncoderIdentity(**parse_json(settings.get("encoder", "")))
     except (ValueError, TypeError) as error:
         raise StoreError(f"{name} does not say which encoder made it ({error}): {CURE}") from None
+
+
+def _read_names(settings: dict[str, str], name: str) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, parse_json(settings.get(METADATA_NAMES, "[]"))))
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{name} does not say which metadata it holds ({error}): {CURE}") from None
 
 
 def _read_blocks(database: sqlite3.Connection, last_known: int) -> dict[tuple[int, str], bytes]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
+from knn_diffusion.config import parse_json
 from knn_diffusion.errors import StoreError, UsageError
 from knn_diffusion.retrieval.database import pieces, text
 from knn_diffusion.retrieval.manifest import METADATA_NAMES, METADATA_ROWS, get, put
@@ -56,7 +57,7 @@ def keep_metadata(database: sqlite3.Connection, metadata: Sequence[Mapping[str, 
     """
     if not any(metadata):
         return
-    names = _Names(json.loads(get(database, METADATA_NAMES) or "[]"))
+    names = _Names(parse_json(get(database, METADATA_NAMES) or "[]"))
     rows = []
     for record, one in enumerate(metadata, first_record):
         if facts := {names.spelled(name): value for name, value in checked(one).items()}:
@@ -84,7 +85,7 @@ def read_metadata(live: LiveState, records: Sequence[int]) -> dict[int, dict[str
         for record, facts, crc in live.query(sql, piece):
             if not metadata_is_sound(record, facts, crc):
                 raise StoreError(f"{live.name}: the metadata of row {record} is damaged: {CURE}")
-            found[record] = json.loads(facts)
+            found[record] = parse_json(facts)
     return found
 
 

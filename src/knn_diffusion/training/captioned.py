@@ -6,7 +6,6 @@ Sentence vectors of a frozen text tower do not change, so each different caption
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from knn_diffusion import images, stickers
+from knn_diffusion.config import parse_json
 from knn_diffusion.device import choose_dtype
 from knn_diffusion.errors import UsageError
 from knn_diffusion.models.text_tower import SentenceEncoder
@@ -166,7 +166,7 @@ def _read_captions(folder: Path) -> list[tuple[Path, list[str]]]:
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             texts = entry["captions"] if "captions" in entry else [entry["caption"]]
             pairs.append((folder / entry["file"], sorted(map(str, texts), key=len)))
         except (ValueError, KeyError, TypeError):

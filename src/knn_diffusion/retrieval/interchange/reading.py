@@ -16,6 +16,7 @@ from itertools import islice
 import numpy as np
 from jaxtyping import Float, Float16
 
+from knn_diffusion.config import parse_json
 from knn_diffusion.errors import FingerprintError, StoreError
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval.interchange.tables import Provenance
@@ -94,7 +95,7 @@ def import_vectors(store: Store, files: VectorFiles, *, progress: Progress | Non
 
 def _position(store: Store, digest: str, num_rows: int) -> int:
     """How many rows an interrupted import of the same files has dealt with."""
-    found = json.loads(store.setting(POSITION) or "{}")
+    found = parse_json(store.setting(POSITION) or "{}")
     return min(int(found["rows"]), num_rows) if found.get("files") == digest else 0
 
 

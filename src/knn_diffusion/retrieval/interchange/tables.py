@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from knn_diffusion.config import parse_json
 from knn_diffusion.errors import MissingDependencyError, StoreError, UsageError
 from knn_diffusion.retrieval.database import text
 from knn_diffusion.retrieval.metadata import scalars
@@ -111,8 +111,8 @@ def _lines(path: Path, start: int) -> Iterator[tuple[int, str]]:
 
 def _json_object(path: Path, number: int, line: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise StoreError(f"{path}, line {number}: expected a JSON object ({error}): mend the line") from None
     if not isinstance(row, dict):
         raise StoreError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}: mend the line")

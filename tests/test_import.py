@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -397,3 +398,48 @@ def test_parquet_without_pyarrow_says_how_to_install_it(
     assert not (tmp_path / "out").exists()
     export_vectors(filled(), tmp_path / "out", layout="npy")
     assert len(imported(tmp_path / "out")[0]) == 30
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, DIM), (0, 0), (0, DIM + 1)])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_shards_without_a_vector_are_passed_over(tmp_path: Path, shape: tuple[int, ...], place: int) -> None:
+    from pyarrow import parquet, table
+
+    (tmp_path / "img_emb").mkdir()
+    (tmp_path / "metadata").mkdir()
+    rows = iter(vectors(4).reshape(2, 2, DIM))
+    for number in range(3):
+        made = np.zeros(shape, np.float32) if number == place else next(rows)
+        np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", made)
+        keys = [f"{number}-{n}" for n in range(len(made))]
+        parquet.write_table(table({"key": keys}), tmp_path / "metadata" / f"metadata_{number}.parquet")
+    store, report = imported(tmp_path)
+    assert (report.added, report.num_skipped) == (4, 0)
+    assert [one[2] for one in facts(store)] == [
+        f"{number}-{n}" for number in range(3) if number != place for n in range(2)
+    ]
+
+
+def test_files_without_any_vector_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((0, DIM), np.float32))
+    with pytest.raises(StoreError, match=r"expected vectors in .*a\.npy, found none in 1 files: save some"):
+        find_vectors(tmp_path / "a.npy")
+
+
+def test_the_folder_of_embeddings_itself_finds_its_metadata(clip_folder: Path) -> None:
+    assert facts(imported(clip_folder / "img_emb")[0]) == facts(imported(clip_folder)[0])
+
+
+def test_endings_in_capitals_are_endings(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", vectors(3))
+    (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
+    assert find_vectors(tmp_path / "A.NPY").num_rows == find_vectors(tmp_path).num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"), [("knn.index", "index.reconstruct_n"), ("emb.parquet", "--provenance"), ("emb.pt", "numpy.save")]
+)
+def test_vectors_in_other_files_are_refused_with_what_to_do(tmp_path: Path, name: str, cure: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match=rf"expected a folder or \.npy files of vectors, got .*: .*{re.escape(cure)}"):
+        find_vectors(tmp_path / name)

@@ -33,6 +33,12 @@ EMBEDDINGS_FILE, IDS_FILE, PROVENANCE_FILE = "embeddings.npy", "ids.txt", "prove
 ENCODER_FILE = "encoder.json"
 """Which encoder made the vectors, in folders that we export."""
 
+CURES = {
+    ".index": "faiss knows no images, save its vectors: numpy.save('vectors.npy', index.reconstruct_n(0, index.ntotal))",
+    ".parquet": "save its column of vectors with numpy.save, and name the table with --provenance",
+}
+"""What to do with files that hold vectors in other ways."""
+
 Sources = str | Path | Sequence[str | Path]
 
 
@@ -124,7 +130,10 @@ def find_vectors(
         a file is damaged, no array of numbers, or a table has another number of rows.
     """
     paths = _expanded([sources] if isinstance(sources, str | Path) else sources)
-    found = _in_folder(paths[0]) if len(paths) == 1 and paths[0].is_dir() else _of_files(paths)
+    given = _in_folder(paths[0]) if len(paths) == 1 and paths[0].is_dir() else _of_files(paths)
+    found = {path: table for path, table in given.items() if not _is_empty(path)}
+    if not found:
+        raise StoreError(f"expected vectors in {next(iter(given))}, found none in {len(given)} files: save some")
     beside = paths[0] if paths[0].is_dir() and paths[0] / EMBEDDINGS_FILE in found else None
     shards = tuple(_shard(path, table) for path, table in found.items())
     files = VectorFiles(
@@ -164,19 +173,27 @@ def _expanded(sources: Sequence[str | Path]) -> list[Path]:
 
 def _of_files(paths: list[Path]) -> dict[Path, Path | None]:
     for path in paths:
-        if path.is_dir() or path.suffix != ".npy":
-            raise UsageError(f"expected one folder or any number of .npy files, got {path}: import it by itself")
+        if path.is_dir():
+            raise UsageError(
+                f"expected one folder or any number of .npy files, got {path} and more: import it by itself"
+            )
+        if path.suffix.lower() != ".npy":
+            cure = CURES.get(path.suffix.lower(), "save the vectors with numpy.save")
+            raise UsageError(f"expected a folder or .npy files of vectors, got {path}: {cure}")
     return dict.fromkeys(paths)
 
 
 def _in_folder(folder: Path) -> dict[Path, Path | None]:
     """The files of vectors in a folder and the table of each, in the order of their numbers."""
+    if folder.name in IMAGE_FOLDERS and (numbered := _numbered(folder, "img_emb_", ".npy")):
+        return _with_metadata(folder.parent, numbered)
     for name in IMAGE_FOLDERS:
         if numbered := _numbered(folder / name, "img_emb_", ".npy"):
             return _with_metadata(folder, numbered)
     if (folder / EMBEDDINGS_FILE).is_file():
         return {folder / EMBEDDINGS_FILE: None}
-    found = sorted((path for path in folder.glob("*.npy") if path.stem != "ids"), key=_natural)
+    named = (path for path in folder.iterdir() if path.suffix.lower() == ".npy" and path.stem != "ids")
+    found = sorted(named, key=_natural)
     if not found:
         hint = " (text embeddings are no images)" if (folder / "text_emb").is_dir() else ""
         raise UsageError(
@@ -215,6 +232,17 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
     """Sorts part10 after part9."""
     words = re.split(r"([0-9]+)", path.name)
     return [(1, int(word), "") if word.isdecimal() else (0, 0, word) for word in words]
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether the file holds no vector, of whatever shape: a shard of which no image could be had."""
+    try:
+        with path.open("rb") as file:
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, _ = read[np.lib.format.read_magic(file)](file)
+    except (OSError, ValueError, KeyError):
+        return False  # what is wrong with it is said when it is read
+    return len(shape) > 0 and shape[0] == 0
 
 
 def _shard(path: Path, table: Path | None) -> Shard:

@@ -34,6 +34,7 @@ from knn_diffusion.errors import (
     UsageError,
 )
 from knn_diffusion.hub import fetch, is_hub_id
+from knn_diffusion.model_folder import resolve_model
 from knn_diffusion.models.encoders import JointEncoder, load_encoder
 
 NAME = "someone/tiny"
@@ -129,6 +130,22 @@ def test_a_path_is_never_looked_for_on_the_hub(hub: TinyHub, tmp_path: Path) -> 
             KnnDiffusion.from_pretrained(name, device="cpu")
     assert not is_hub_id(Path("someone/tiny"))
     assert hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["my-run/model", "runs/index", "me/encoder", "a/tokenizer", "a/denoiser"])
+def test_names_of_our_own_folders_are_paths_wherever_they_are_asked_for(
+    hub: TinyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_id(name)
+    with pytest.raises(CheckpointError, match="expected a model folder"):
+        resolve_model(name)
+
+
+def test_a_run_means_the_model_in_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, tmp_path / "my-run" / "model")
+    assert resolve_model("my-run") == Path("my-run/model")
 
 
 def test_a_pushed_model_comes_back_the_same(hub: TinyHub, model: Path, tmp_path: Path) -> None:

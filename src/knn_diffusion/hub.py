@@ -19,14 +19,20 @@ from knn_diffusion.errors import HubError, KnnDiffusionError, MissingDependencyE
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LOG_IN = "log in with `hf auth login`"
 
+OWN_FOLDERS = ("model", "index", "encoder", "tokenizer", "denoiser", "judge", "tokens", "checkpoints")
+"""Names that this package gives to folders inside those of its users."""
 PART_ENDINGS = (".json", ".safetensors", ".txt", ".model", "NOTICE")
 
 logger = logging.getLogger(__name__)
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether this is `owner/name`, and neither a path here nor one in a folder that is here: those are never looked for."""
-    return isinstance(name, str) and HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
+    """Whether this is `owner/name`, and neither a path here nor one in a folder that is here: those are never looked for.
+
+    Nor is what ends as our own folders do: `my-run/model` is a path, asked for in the wrong folder.
+    """
+    fits = isinstance(name, str) and HUB_ID.fullmatch(name) is not None
+    return fits and str(name).partition("/")[2] not in OWN_FOLDERS and not Path(name).parent.exists()
 
 
 def part_files(part: str) -> list[str]:

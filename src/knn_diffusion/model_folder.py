@@ -116,7 +116,7 @@ def bundled_models() -> list[str]:
 
 
 def resolve_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
-    """The folder of a bundled name, the folder itself, or that of the hub's `owner/name`, downloaded where it must be.
+    """The folder of a bundled name, the folder itself or `model` in it, or that of the hub's `owner/name`, downloaded where it must be.
 
     Raises: CheckpointError when there is none; HubError when the hub has none or cannot be reached.
     """
@@ -124,7 +124,7 @@ def resolve_model(name_or_folder: str | Path, revision: str | None = None) -> Pa
         return fetch(str(name_or_folder), MODEL_FILES, needs=PIPELINE_FILE, revision=revision)
     if revision is not None:
         raise UsageError(f"expected no revision for {str(name_or_folder)!r}, which is no owner/name: leave it out")
-    for folder in (Path(name_or_folder), BUNDLES / str(name_or_folder)):
+    for folder in (Path(name_or_folder), Path(name_or_folder) / "model", BUNDLES / str(name_or_folder)):
         if (folder / PIPELINE_FILE).is_file():
             return folder
     known = ", ".join(bundled_models()) or "none"

@@ -25,9 +25,12 @@ from knn_diffusion import images
 from knn_diffusion.errors import FingerprintError, ImageError, KnnDiffusionError, StoreError, UsageError
 from knn_diffusion.image_index import AddReport, ImageIndex, content_digest, embedding, ingest, shared
 from knn_diffusion.image_index import encoder as encoder_module
+from knn_diffusion.image_index.exclusion import per_query
+from knn_diffusion.image_index.queries import as_texts, as_vectors
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
 from knn_diffusion.retrieval.items import preview_crc
+from knn_diffusion.retrieval.index import _check_request, require_one_each
 from knn_diffusion.retrieval.neighbors import self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
 from knn_diffusion.retrieval.store import Store
@@ -336,6 +339,67 @@ def test_an_impossible_k_is_refused(photos: Path, k: int) -> None:
         index.search_text("red", k)
 
 
+@pytest.mark.parametrize("k", ["2", 2.0, None, True])
+def test_a_k_that_is_no_whole_number_is_refused(k: Any) -> None:
+    with pytest.raises(UsageError, match=f"k must be a whole number between 1 and 5, got {k!r}: change k"):
+        _check_request("the index", 5, 1, k, None)
+
+
+AS_HANDED = {
+    "float64": lambda rows: rows.astype(np.float64),
+    "float16": lambda rows: rows.astype(np.float16),
+    "a list": lambda rows: rows.tolist(),
+    "a tuple of arrays": tuple,
+    "a tensor": torch.from_numpy,
+    "a tensor that learns": lambda rows: torch.from_numpy(rows).requires_grad_(),
+    "a tensor of bfloat16": lambda rows: torch.from_numpy(rows).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("kind", AS_HANDED)
+def test_vectors_may_come_as_any_numbers_and_one_alone(photos: Path, kind: str) -> None:
+    handed = AS_HANDED[kind]
+    with ImageIndex.build([photos], None, ENCODER, rule=OFF) as index:
+        rows = index.embeddings[:2].astype(np.float32)
+        expected = index.search(rows, 1).ids
+        assert index.search(handed(rows), 1).ids == expected
+        assert index.search(handed(rows[:1])[0], 1).ids == expected[:1]
+
+
+@pytest.mark.parametrize(
+    "queries", ["red", None, 5.0, [["a"]], [[1.0, 2.0], [3.0]], np.ones((1, 1, 48)), {"a": 1}, [None]]
+)
+def test_what_is_no_vector_is_refused_in_a_line(queries: Any) -> None:
+    with pytest.raises(UsageError, match=r"expected vectors of numbers, one or a row for each query, got .*: encode"):
+        as_vectors(queries)
+
+
+@pytest.mark.parametrize("text", [None, b"red", 5, ["red", None], "red \udcff", ["red", "\ud800"]])
+def test_what_is_no_text_is_refused_in_a_line(text: Any) -> None:
+    with pytest.raises(UsageError, match=r"expected (a text in UTF-8|texts to search by), got "):
+        as_texts(text)
+
+
+def test_one_id_is_no_list_of_ids(photos: Path) -> None:
+    with ImageIndex.build([photos], None, ENCODER, rule=OFF) as index:
+        first = index.ids[0]
+        rows = index.embeddings[:2].astype(np.float32)
+        assert per_query(np.array([first]), 2) == per_query(iter([first]), 2) == [[first], [first]]
+        for excluded in (first, [first, [first]], [[first], first], 5, [5]):
+            with pytest.raises(
+                UsageError, match=r"expected exclude_ids as ids, or for each query a list of ids, got .*: put"
+            ):
+                per_query(excluded, 2)
+        for excluded in (first, [first, first]):
+            with pytest.raises(UsageError, match=r"exclude_ids needs a list of ids for each query"):
+                require_one_each(excluded, 2)
+        for call in (index.sources, index.metadata, index.remove):
+            with pytest.raises(UsageError, match=r"expected a list of ids, got the text '"):
+                call(first)
+        for excluded in ([first], {first}, (first,), [[first], [first]]):
+            assert all(first not in ids for ids in index.search(rows, 10, exclude_ids=excluded).ids)
+
+
 def test_exclusion_and_conditions_reach_the_search(photos: Path) -> None:
     with ImageIndex.build([photos], None, ENCODER, rule=OFF) as index:
         first, second = index.search_text("red", 2).ids[0]
@@ -491,6 +555,20 @@ def test_a_bundled_index_opens_by_its_name(photos: Path, tmp_path: Path, monkeyp
         StoreError, match=r"expected an image index in toys, found no store.sqlite: check the path or build one"
     ):
         ImageIndex.open("toys")
+
+
+def test_an_index_is_not_made_under_a_name_that_is_no_text(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "i\udcff"
+    message = r"expected a folder whose name is UTF-8 for the index, got .*\\udcff: choose another name"
+    with pytest.raises(UsageError, match=message):
+        ImageIndex.build([photos], folder, ENCODER)
+    with ImageIndex.build([photos], None, ENCODER) as index, pytest.raises(UsageError, match=message):
+        index.save(folder)
+    np.save(tmp_path / "a.npy", np.eye(3, dtype=np.float32))
+    with pytest.raises(UsageError, match=message):
+        ImageIndex.import_embeddings(tmp_path / "a.npy", folder, encoder_name="toy")
+    with pytest.raises(StoreError):
+        ImageIndex.open(folder)
 
 
 def test_an_interruption_keeps_what_was_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knn_diffusion.cli.index import IndexArgument
-from knn_diffusion.cli.terminal import JsonOption, answer, progress
+from knn_diffusion.cli.terminal import JsonOption, answer, progress, say
 
 if TYPE_CHECKING:
     from knn_diffusion.image_index.tuning import Tuned
@@ -40,14 +40,13 @@ def tune(
     Example: knn-diffusion index tune my-index --texts queries.txt --recall 0.95
     """
     from knn_diffusion.image_index import ImageIndex
-    from knn_diffusion.image_index.tuning import read_texts
+    from knn_diffusion.image_index.tuning import read_texts, usable_texts
     from knn_diffusion.image_index.tuning import tune as tuned
 
-    queries = read_texts(texts) if texts is not None else []
+    lines, opened = read_texts(texts) if texts is not None else [], ImageIndex.open(index)
+    queries = usable_texts(opened, lines, say)
     with progress() as show:
-        found = tuned(
-            ImageIndex.open(index), queries, target=target, k=k, sample=sample, retrain=retrain, progress=show
-        )
+        found = tuned(opened, queries, target=target, k=k, sample=sample, retrain=retrain, progress=show)
     answer({"tuned": [asdict(one) for one in found]}, as_json, lambda: _lines(found, target))
 
 
@@ -68,14 +67,15 @@ def report(
     Example: knn-diffusion index report my-index --texts queries.txt --plot recall.png
     """
     from knn_diffusion.image_index import ImageIndex
-    from knn_diffusion.image_index.tuning import read_texts, require_plot
+    from knn_diffusion.image_index.tuning import read_texts, require_plot, usable_texts
     from knn_diffusion.image_index.tuning import report as measured
 
     if plot is not None:
         require_plot(plot)
-    queries = read_texts(texts) if texts is not None else []
+    lines, opened = read_texts(texts) if texts is not None else [], ImageIndex.open(index, read_only=True)
+    queries = usable_texts(opened, lines, say)
     with progress() as show:
-        found = measured(ImageIndex.open(index, read_only=True), queries, k=k, sample=sample, progress=show)
+        found = measured(opened, queries, k=k, sample=sample, progress=show)
     if plot is not None:
         found.plot(plot)
     answer(found.to_dict(), as_json, lambda: iter(found.to_markdown().splitlines()))

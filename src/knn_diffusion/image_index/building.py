@@ -30,11 +30,24 @@ def begin(path: Path | None, encoder: EncoderIdentity, *, resume: bool) -> Store
 
     Raises: UsageError when the folder holds anything else.
     """
+    if path is not None:
+        require_utf8(path)
     if resume and path is not None and (store := _interrupted(path)) is not None:
         return store
     store = new_store(path, encoder)
     store.set_setting(BUILDING, "yes")
     return store
+
+
+def require_utf8(path: Path) -> None:
+    """Raise UsageError for a folder whose name is no text: files in it cannot be mapped into memory."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        shown = str(path).encode("utf-8", "backslashreplace").decode()
+        raise UsageError(
+            f"expected a folder whose name is UTF-8 for the index, got {shown}: choose another name"
+        ) from None
 
 
 def complete(store: Store, encoder: JointEncoder) -> None:
@@ -60,6 +73,7 @@ def filling(store: Store, *, new: bool = True) -> Iterator[None]:
         raise
 
 
+@own_defaults()
 def add(
     store: Store,
     encoder: IndexEncoder,
@@ -73,7 +87,6 @@ def add(
 ) -> AddReport:
     """See ImageIndex.add."""
     found = find_sources(images)
-@own_defaults()
     writer = Writer(store, match_tables(metadata, found) if metadata is not None else None)
     recorder, tokenize = None, None
     groups = [Group(found)]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from knn_diffusion.errors import StoreError, UsageError
 from knn_diffusion.image_index.settings import preview_side
+from knn_diffusion.image_index.exclusion import require_list
 from knn_diffusion.retrieval.metadata import Value
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
@@ -81,6 +82,7 @@ def digest(store: Store, snapshot: Snapshot, also: object) -> str:
 
 
 def _rows(store: Store, wanted: Sequence[str], snapshot: Snapshot) -> Int[np.ndarray, "ids"]:
+    require_list(wanted)
     rows = store.rows_of(wanted, snapshot)
     if unknown := [one for one, row in zip(wanted, rows, strict=True) if row < 0]:
         raise UsageError(f"expected the id of an image in {store.name}, got {unknown[0]!r}: search to see its ids")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
-from knn_diffusion.image_index.building import filling
+from knn_diffusion.image_index.building import filling, require_utf8
 from knn_diffusion.image_index.encoder import NOT_AT_HAND, AnyEncoder, identity_of, keep_place, loaded
 from knn_diffusion.image_index.settings import new_store, settle_rule
 from knn_diffusion.progress import Progress
@@ -69,6 +69,7 @@ def store_for(files: VectorFiles, path: Path, claim: Claim) -> Store:
         StoreError when the store cannot be changed.
     """
     identity = _identity(files, claim)
+    require_utf8(path)
     there = (path / DATABASE).is_file()
     store = _existing(path, identity, claim) if there else new_store(path, identity)
     keep_place(store, claim.encoder)

@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
 from knn_diffusion import images as pictures
@@ -26,11 +24,12 @@ from knn_diffusion.image_index.dedup import DedupReport, find_copies
 from knn_diffusion.image_index.distributed import RayConfig
 from knn_diffusion.image_index.encoder import AnyEncoder, IndexEncoder, identity_of, keep_place, loaded
 from knn_diffusion.image_index.exchange import Claim, import_files
-from knn_diffusion.image_index.exclusion import Excluded, per_query
+from knn_diffusion.image_index.exclusion import Excluded, per_query, require_list
 from knn_diffusion.image_index.facts import IndexFacts
 from knn_diffusion.image_index.frozen import FrozenIndex
 from knn_diffusion.image_index.ingest import AddReport, Images, find_sources
 from knn_diffusion.image_index.metadata_table import Tables
+from knn_diffusion.image_index.queries import Vectors, as_texts, as_vectors
 from knn_diffusion.image_index.settings import keep_reach, keep_rule, stored_rule, stored_settings
 from knn_diffusion.image_index.shared import Place, find_index
 from knn_diffusion.image_index.tokenizing import TokenOutput, tokenize_units
@@ -244,6 +243,7 @@ class ImageIndex(IndexFacts):
         Raises: UsageError naming an unknown id, before anything is removed.
         """
         self._store.remove(ids)
+        require_list(ids)
         self._look_after()
 
     def dedup(
@@ -354,6 +354,7 @@ class ImageIndex(IndexFacts):
                 self._store.copy_to(temporary, sealed=sealed)
 
         self._store.consistently(copy)
+        building.require_utf8(target)
 
     def export(
         self,
@@ -403,7 +404,7 @@ class ImageIndex(IndexFacts):
 
     def search(
         self,
-        queries: Float[np.ndarray, "queries dim"],
+        queries: Vectors,
         k: int,
         exclude_ids: Excluded | None = None,
         where: str | None = None,
@@ -422,13 +423,15 @@ class ImageIndex(IndexFacts):
         Raises: UsageError when k is below 1 or beyond the index, or `where` is no condition; FingerprintError when the
             vectors have another width.
         """
-        excluded = per_query(exclude_ids, len(queries))
+            queries: an array, tensor or list of vectors, or one vector.
+        vectors = as_vectors(queries)
+        excluded = per_query(exclude_ids, len(vectors))
         rule = None if deduplicate else OFF
         return self._retriever.search(queries, k, excluded, where, modality=modality, rule=rule)
 
     def search_text(self, text: str | Sequence[str], k: int, **options: Any) -> Neighbors:
         """The k images nearest to each text; options as in `search`."""
-        queries = self.encoder.encode_texts([text] if isinstance(text, str) else list(text))
+        queries = self.encoder.encode_texts(as_texts(text))
         return self.search(queries, k, modality="text", **options)
 
     def search_image(self, image: str | Path | Image.Image, k: int, **options: Any) -> Neighbors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from knn_diffusion.checkpoint import atomic_path
 from knn_diffusion.errors import UsageError
 from knn_diffusion.image_index.index import ImageIndex
+from knn_diffusion.image_index.queries import as_texts
 from knn_diffusion.progress import Progress
 from knn_diffusion.retrieval import tuning
 from knn_diffusion.retrieval.drift import Drift, drift
@@ -208,6 +209,24 @@ def read_texts(path: Path) -> list[str]:
     if not (found := [line.strip() for line in lines if line.strip()]):
         raise UsageError(f"expected a text file, one query a line, {path} is empty: write queries into it")
     return found
+
+
+def usable_texts(index: ImageIndex, texts: Sequence[str], notice: Callable[[str], None]) -> list[str]:
+    """The texts that the index's encoder can read; the others are said by a line each.
+
+    Raises: UsageError when there are texts and none can be read.
+    """
+    usable = list[str]()
+    for text in texts:
+        try:
+            index.encoder.encode_texts(as_texts(text))
+        except UsageError as error:
+            notice(f"left out {text!r}: {error}")
+        else:
+            usable.append(text)
+    if texts and not usable:
+        raise UsageError(f"expected texts that {index.encoder.name} can read, none of {len(texts)} is: write others")
+    return usable
 
 
 def _growth(index: ImageIndex, k: int, sample: int) -> Growth | None:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int
@@ -258,19 +258,25 @@ _NONE = np.zeros(0, np.int64)
 
 
 def _check_request(
-    name: str, count: int, num_queries: int, k: int, exclude_ids: Sequence[Collection[str]] | None
+    name: str, count: int, num_queries: int, k: object, exclude_ids: Sequence[Collection[str]] | None
 ) -> None:
     if count == 0:
         raise StoreError(f"{name} holds no images: add some before searching")
-    if not 1 <= k <= count:
+    if isinstance(k, bool) or not isinstance(k, SupportsIndex):
+        raise UsageError(f"k must be a whole number between 1 and {count}, got {k!r}: change k")
+    if not 1 <= k.__index__() <= count:
         raise UsageError(
             f"k must be between 1 and {count}, the number of images in {name}, got {k}: change k or add images"
         )
     require_one_each(exclude_ids, num_queries)
 
 
-def require_one_each(exclude_ids: Sequence[Collection[str]] | None, num_queries: int) -> None:
-    """Raise UsageError when there is not one list of ids for each query."""
+def require_one_each(exclude_ids: Sequence[Any] | None, num_queries: int) -> None:
+    """Raise UsageError when there is not one list of ids for each query; a text is no list, though it has letters."""
+    if isinstance(exclude_ids, str) or any(isinstance(one, str) for one in exclude_ids or ()):
+        raise UsageError(
+            f"exclude_ids needs a list of ids for each query, got {str(exclude_ids)[:60]!r}: put ids in lists"
+        )
     if exclude_ids is not None and len(exclude_ids) != num_queries:
         raise UsageError(
             f"exclude_ids needs one list for each of the {num_queries} queries, got {len(exclude_ids)}: add the rest"

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from knn_diffusion.errors import FingerprintError, StoreError, UsageError
 from knn_diffusion.retrieval.database import text
 from knn_diffusion.retrieval.dedup import DedupConfig
+from knn_diffusion.retrieval.index import require_one_each
 from knn_diffusion.retrieval.items import ID_LENGTH, EncoderIdentity, Item
 from knn_diffusion.retrieval.milvus.candidates import MAX_FETCH, Search, answer
 from knn_diffusion.retrieval.milvus.collection import (
@@ -237,10 +238,7 @@ class MilvusRetriever:
             what Milvus can be asked; FingerprintError when the queries have another width; StoreError when the server
             fails or the collection is empty.
         """
-        if exclude_ids is not None and len(exclude_ids) != len(queries):
-            raise UsageError(
-                f"exclude_ids needs one list for each of the {len(queries)} queries, got {len(exclude_ids)}: add the rest"
-            )
+        require_one_each(exclude_ids, len(queries))
         if not 1 <= k <= MAX_FETCH:
             self._check_k(k)
         search = Search(

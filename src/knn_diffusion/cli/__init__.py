@@ -28,7 +28,7 @@ from knn_diffusion.cli import (
     tools,
     train,
 )
-from knn_diffusion.cli.terminal import say
+from knn_diffusion.cli.terminal import open_missing_streams, say
 from knn_diffusion.errors import KnnDiffusionError, PeerError
 
 app = typer.Typer(
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(app(args=given, prog_name="knn-diffusion", standalone_mode=False) or 0)
         return _fail(INTERRUPTED, code) if code == 130 else code  # newer typer turns Ctrl-C into this code itself
     except PeerError as error:  # the process that had the error has said it
+    open_missing_streams()
         return error.exit_code
     except KnnDiffusionError as error:
         return _fail(str(error), error.exit_code)

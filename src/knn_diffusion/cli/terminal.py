@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -21,9 +24,19 @@ QUIET_SECONDS = 30.0
 """Where no bar can be drawn, long work says a line at most so often."""
 
 
+_JOINERS = "\u200c\u200d"
+"""Invisible characters that belong to words and emoji; all others of their kind could rewrite the terminal or a line."""
+
+
+def shown(line: str) -> str:
+    """One line as a terminal may have it: names of other people's files can hold line breaks and control sequences."""
+    kinds = ("Cc", "Cf", "Zl", "Zp")
+    return "".join("?" if unicodedata.category(one) in kinds and one not in _JOINERS else one for one in line)
+
+
 def say(message: str) -> None:
     """A line for people, on standard error."""
-    typer.echo(message, err=True)
+    _echo(shown(message), sys.stderr)
 
 
 def answer(result: Mapping[str, Any], as_json: bool, lines: Callable[[], Iterator[str]]) -> None:
@@ -31,9 +44,33 @@ def answer(result: Mapping[str, Any], as_json: bool, lines: Callable[[], Iterato
     if as_json:
         typer.echo(json.dumps(result))  # ASCII: whatever the terminal's encoding, and for file names in none
         return
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for line in lines():
-        typer.echo(line.encode(encoding, "backslashreplace").decode(encoding))
+        _echo(shown(line), sys.stdout)
+
+
+def _echo(line: str, stream: Any) -> None:
+    """The line, with what the stream's encoding cannot hold as escapes: file names need not be valid texts."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    typer.echo(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def open_missing_streams() -> None:
+    """Give a process without standard output or error (services, `2>&-`, pythonw) ones that lead nowhere.
+
+    Their numbers are taken too, so that no file opened later is mistaken for them.
+    """
+    if sys.stdout is not None and sys.stderr is not None:
+        return
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
+
+
+@cache
+def _nowhere() -> TextIO:
+    """Open until the process ends."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 @contextmanager
@@ -46,16 +83,22 @@ def progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(shown(what), total=total)
             bars.update(tasks[what], completed=done, total=total)
 
         yield show
+
+
+def require_png(path: Path) -> None:
+    """Raise UsageError for a picture's name that is none of a PNG; worth asking before the work."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"expected a .png file for the picture, got {path}: change its name")
 
 
 def seldom() -> Callable[[], bool]:

@@ -148,7 +148,7 @@ def evaluate(
     with progress() as show:
         pipe: Any = KnnDiffusion.from_pretrained(model, index=index, revision=revision, device=device)
         made = protocols.evaluate(pipe, judge, folder, only=only, progress=show, config=settings)
-    answer(made.to_dict(), as_json, lambda: iter([made.to_markdown()]))
+    answer(made.to_dict(), as_json, lambda: iter(made.to_markdown().splitlines()))
 
 
 def push(
@@ -198,8 +198,9 @@ def doctor(as_json: JsonOption = False) -> None:
     def lines() -> Iterator[str]:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
-            cure = f"\n{'':{width + 10}} -> {finding.cure}" if finding.cure else ""
-            yield f"{finding.status:8}  {finding.name:{width}}  {finding.found}{cure}"
+            yield f"{finding.status:8}  {finding.name:{width}}  {finding.found}"
+            if finding.cure:
+                yield f"{'':{width + 10}} -> {finding.cure}"
 
     answer(result, as_json, lines)
     if not result["ok"]:

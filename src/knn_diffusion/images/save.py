@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from knn_diffusion.checkpoint import atomic_write_bytes
-from knn_diffusion.errors import ImageError, UsageError
 from knn_diffusion.config import parse_json
+from knn_diffusion.errors import ImageError, UsageError
 from knn_diffusion.images.decode import one_line, open_checked
 
 CHUNK = "knn_diffusion"
@@ -31,6 +32,8 @@ GAP = 4
 CHECKS = (255, 225)
 CHECK_PIXELS = 8
 """Levels and side of the squares that are seen through transparent pictures."""
+TYPOGRAPHY = str.maketrans("–—‘’“”„ßøØæÆłŁ", '--\'\'"""soOaAlL')
+"""Signs that have no accent to leave out, and what is drawn in their places."""
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
@@ -118,13 +121,19 @@ def _checkerboard(size: tuple[int, int]) -> Image.Image:
 
 def _wrapped(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     lines: list[str] = []
-    for word in one_line(label.replace("\n", " ")).split():
+    for word in _drawable(one_line(label.replace("\n", " "))).split():
         joined = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(joined) <= width:
             lines[-1] = joined
         else:
             lines.append(word)
     return [_shortened(line, width, font) for line in lines[:LABEL_LINES]]
+
+
+def _drawable(label: str) -> str:
+    """In the letters that the font has: accents are left out, and other scripts are question marks instead of boxes."""
+    plain = unicodedata.normalize("NFKD", label.translate(TYPOGRAPHY))
+    return "".join(one for one in plain if not unicodedata.combining(one)).encode("ascii", "replace").decode()
 
 
 def _shortened(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,15 @@ import typer
 from PIL import Image
 from tiny_world import SIZE, build_model, draw_pictures, same_pixels
 
-from knn_diffusion import ImageIndex, KnnDiffusion
+from knn_diffusion import ImageIndex, KnnDiffusion, cli
 from knn_diffusion.cli import app, main, spread_values
 from knn_diffusion.cli.configuration import chosen_run, merged, parse_changes
 from knn_diffusion.cli.draw import slug
-from knn_diffusion.cli.terminal import answer
+from knn_diffusion.cli.terminal import answer, progress, shown
 from knn_diffusion.cli.train import _watched
 from knn_diffusion.doctor import _package, within
 from knn_diffusion.errors import UsageError
-from knn_diffusion.images import open_image, read_settings, square
+from knn_diffusion.images import grid, open_image, read_settings, square
 from knn_diffusion.retrieval.dedup import DedupConfig
 from knn_diffusion.retrieval.drift import Drift
 from knn_diffusion.retrieval.store import Store
@@ -348,6 +349,106 @@ def test_index_build_and_info_say_how_pictures_are_framed(run: Any, model: Path,
     assert shown.getchannel("A").getpixel((1, 1)) == 0
 
 
+HOSTILE = "a\x1b[2J\x1b]0;title\x07\nb\r\x9b1m\u202egnp\u2028.png"
+
+
+def test_names_of_files_cannot_write_to_the_terminal(run: Any, model: Path, pictures: Path, tmp_path: Path) -> None:
+    content = sorted(pictures.iterdir())[0].read_bytes()
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for name, data in ((HOSTILE, content), ("no" + HOSTILE, b"nothing")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    built = run("index", "build", tmp_path / "shard.tar", "--output", tmp_path / "i", "--encoder", model / "encoder")
+    found = run("index", "search", tmp_path / "i", "--text", "a heart")
+    for text in (built.out, built.err, found.out, found.err):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u2028]", text)
+    assert len(found.out.splitlines()) == 1
+    assert "a?[2J?]0;title??b??1m?gnp?.png" in found.out
+    assert (
+        run("index", "search", tmp_path / "i", "--text", "a heart", "--json")
+        .json["neighbors"][0]["source"]
+        .endswith(HOSTILE)
+    )
+
+
+def test_joined_emoji_and_letters_of_all_kinds_stay_as_they_are() -> None:
+    line = "👩\u200d🎨 é ü न\u200cम 日本 – “x”\u00a0…"
+    assert shown(line) == line
+
+
+@pytest.mark.parametrize("missing", [("stderr",), ("stdout",), ("stdout", "stderr")])
+def test_a_command_works_without_standard_streams(
+    missing: tuple[str, ...], index: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in missing:
+        monkeypatch.setattr(sys, name, None)
+    assert main(["generate", "a cat", "--model", str(model), "--steps", "1", "--output", str(tmp_path / "drawn")]) == 0
+    assert main(["index", "search", str(index), "--text", "a cat", "-k", "99"]) == 2
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+
+
+def test_numbers_of_closed_streams_are_not_given_to_files(tmp_path: Path) -> None:
+    code = (
+        "import sys; from knn_diffusion.cli.terminal import open_missing_streams; open_missing_streams();"
+        f"print(open({str(tmp_path / 'kept')!r}, 'w').fileno() > 2); sys.stderr.write('lost'); sys.stderr.flush()"
+    )
+    ran = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" 2>&-', sys.executable, code],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])},
+    )
+    assert (ran.stdout, ran.stderr) == (b"True\n", b"")
+
+
+def test_a_prompt_is_no_markup_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress() as show:
+        for prompt in ("a heart [/b]", "[/]", "a [red] heart", "\x1b[2J"):
+            show(f"drawing {prompt}", 1, 2)
+    written = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "drawing a heart [/b]" in written
+    assert "drawing a [red] heart" in written
+    assert "drawing ?[2J" in written
+
+
+def test_texts_that_the_encoder_cannot_read_are_left_out_of_a_report(run: Any, index: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a heart\n🍕\na cat\n", encoding="utf-8")
+    ran = run("index", "report", index, "--texts", tmp_path / "texts.txt", "-k", 2, "--json")
+    assert (ran.code, list(ran.json["curves"])) == (0, ["image", "text"])
+    assert ran.err.startswith("left out '🍕': ")
+    (tmp_path / "odd.txt").write_text("🍕\n", encoding="utf-8")
+    fails_alone = run("index", "report", index, "--texts", tmp_path / "odd.txt", "-k", 2)
+    assert (fails_alone.code, fails_alone.out) == (2, "")
+    assert "none of 1 is: write others" in fails_alone.err
+
+
+def test_a_search_is_drawn_into_a_picture(run: Any, index: Path, tmp_path: Path) -> None:
+    ran = run("index", "search", index, "--text", "a heart", "-k", 7, "--picture", tmp_path / "found.png")
+    assert (ran.code, len(ran.out.splitlines())) == (0, 7)
+    assert open_image(tmp_path / "found.png").width == 5 * 132 + 4
+    fails(run("index", "search", index, "--text", "a heart", "--picture", tmp_path / "found.jpg"), 2, "a .png file")
+
+
+def test_images_are_removed_by_source_and_condition(run: Any, index: Path, pictures: Path) -> None:
+    first = sorted(pictures.iterdir())[0]
+    assert run("index", "remove", index, "--source", first, "--dry-run").out == "would remove 1\n"
+    assert run("index", "remove", index, "--source", first, "--json").json == {"removed": 1, "found": 1, "count": 11}
+    fails(run("index", "remove", index, "--source", first), 2, "none came from")
+    fails(run("index", "remove", index), 2, "got none: say what to remove")
+    assert run("index", "remove", index, "--where", "source LIKE '%heart%' OR key LIKE '%cat%'").code == 0
+    left = run("index", "info", index, "--json").json["count"]
+    again = run("index", "sync", index, pictures)
+    assert (again.code, again.out.splitlines()[-1]) == (0, "--apply does it")
+    assert run("index", "sync", index, pictures, "--apply", "--json").json["count"] == 12 > left
+
+
 def test_index_rule_shows_and_sets_when_two_images_are_copies(run: Any, index: Path) -> None:
     was = run("index", "rule", index, "--json").json
     assert (
@@ -439,7 +540,7 @@ def test_wrong_uses_of_dedup_are_refused_before_the_work(run: Any, index: Path, 
     fails(run("index", "dedup", index, "--threshold", "nan"), 2, "threshold must be in (0, 1], got nan")
     fails(run("index", "dedup", index, "--report", tmp_path / "copies.txt"), 2, "expected a .csv or .jsonl file")
     for name in ("copies.psd", "copies", ".png"):
-        expected = f"expected a .png file for the picture of copies, got {tmp_path / name}: change its name"
+        expected = f"expected a .png file for the picture, got {tmp_path / name}: change its name"
         fails(run("index", "dedup", index, "--picture", tmp_path / name), 2, expected)
     fails(run("index", "dedup", tmp_path / "nowhere"), 1, "nowhere")
 
@@ -618,3 +719,12 @@ def test_a_denoiser_trains_from_a_file_goes_on_and_draws(
         "generate", "a cat", "--model", second.json["model"], "--index", index, "--output", tmp_path / "o", "--json"
     )
     assert drawn.code == 0, drawn.err
+
+
+@pytest.mark.parametrize(
+    ("label", "plain"), [("é ü ñ Å", "e u n A"), ("a – “b”", 'a - "b"'), ("日本 x", "?? x"), ("Straße", "Strase")]
+)
+def test_labels_are_drawn_in_letters_that_the_font_has(label: str, plain: str) -> None:
+    cell = Image.new("RGB", (8, 8), "white")
+    drawn, expected = (grid([cell], 1, 96, [text]) for text in (label, plain))
+    assert drawn.tobytes() == expected.tobytes()

@@ -29,8 +29,8 @@ from knn_diffusion.image_index.exclusion import per_query
 from knn_diffusion.image_index.queries import as_texts, as_vectors
 from knn_diffusion.images import SourceImage
 from knn_diffusion.retrieval.dedup import OFF, DedupConfig
-from knn_diffusion.retrieval.items import preview_crc
 from knn_diffusion.retrieval.index import _check_request, require_one_each
+from knn_diffusion.retrieval.items import preview_crc
 from knn_diffusion.retrieval.neighbors import self_neighbors
 from knn_diffusion.retrieval.plan import IndexConfig, Reach
 from knn_diffusion.retrieval.store import Store

@@ -21,7 +21,9 @@ from knn_diffusion.cli import (
     index_dedup,
     index_exchange,
     index_push,
+    index_remove,
     index_rule,
+    index_search,
     index_tune,
     parts,
     tokenizer,
@@ -41,6 +43,9 @@ app = typer.Typer(
 )
 app.command("generate")(draw.generate)
 app.command("edit")(draw.edit)
+index.app.command()(index_remove.remove)
+index.app.command()(index_remove.sync)
+index.app.command()(index_search.search)
 index.app.command()(index_tune.tune)
 index.app.command()(index_tune.report)
 index_exchange.register(index.app)
@@ -74,12 +79,12 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; expected failures are one line on standard error."""
+    open_missing_streams()
     given = spread_values(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = int(app(args=given, prog_name="knn-diffusion", standalone_mode=False) or 0)
         return _fail(INTERRUPTED, code) if code == 130 else code  # newer typer turns Ctrl-C into this code itself
     except PeerError as error:  # the process that had the error has said it
-    open_missing_streams()
         return error.exit_code
     except KnnDiffusionError as error:
         return _fail(str(error), error.exit_code)

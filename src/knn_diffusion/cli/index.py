@@ -1,4 +1,4 @@
-"""`index build | add | remove | info | check | search`: the images a model retrieves from."""
+"""`index build | add | info | check`: the images a model retrieves from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from knn_diffusion.retrieval.plan import Plan
 
 SKIPPED_SHOWN = 10
-SEARCHED = 10
 UNFRAMED = "none, it was built before pictures were framed"
 
 app = typer.Typer(help="Build, change and search the images a model retrieves from.")
@@ -112,23 +111,6 @@ def add(
 
 
 @app.command()
-def remove(
-    index: IndexArgument,
-    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids as a search shows them.", show_default=False)],
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Remove images from an index; the next search does not find them.
-
-    Example: knn-diffusion index remove my-index a84b30e388373848
-    """
-    opened = changeable(index)
-    opened.remove(ids)
-    result = {"removed": len(set(ids)), "count": len(opened)}
-    answer(result, as_json, lambda: iter([f"removed {result['removed']}, {result['count']:,} images are left"]))
-
-
-@app.command()
 def info(index: IndexArgument, *, as_json: JsonOption = False) -> None:
     """Say how many images an index holds, which encoder made it, and how it is searched.
 
@@ -178,53 +160,6 @@ def check(index: IndexArgument, *, as_json: JsonOption = False) -> None:
     answer(result, as_json, lambda: iter([f"sound, {len(opened):,} images"]))
 
 
-@app.command()
-def search(
-    index: IndexArgument,
-    *,
-    text: Annotated[str | None, typer.Option("--text", help="Find images that fit this text.")] = None,
-    image: Annotated[Path | None, typer.Option("--image", help="Find images that look like this one.")] = None,
-    k: Annotated[int | None, typer.Option("-k", help="How many.", show_default=f"{SEARCHED}, or all there are")] = None,
-    where: Annotated[
-        str | None, typer.Option("--where", metavar="CONDITION", help='Only those, such as "width >= 512".')
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Find the images nearest to a text or to an image.
-
-    Example: knn-diffusion index search stickers --text "a puppy" -k 5 --where "source LIKE '%dog%'"
-    """
-    from knn_diffusion.image_index import ImageIndex
-
-    if (text is None) == (image is None):
-        raise UsageError("expected --text or --image, exactly one of them: name what to search by")
-    opened = ImageIndex.open(index, read_only=True)
-    if k is None:
-        k = max(1, min(SEARCHED, len(opened)))
-        if k < SEARCHED and not as_json:
-            say(f"the index holds {len(opened)} images: -k is {k}, not {SEARCHED}")
-    if text is not None:
-        found = opened.search_text(text, k, where=where)
-    else:
-        found = opened.search_image(_existing(image), k, where=where)
-    ids = [one for one in found.ids[0] if one]
-    neighbors: list[dict[str, Any]] = [
-        {"id": one, "score": round(float(score), 6), "source": source, **({"metadata": facts} if facts else {})}
-        for one, score, source, facts in zip(
-            ids, found.scores[0], opened.sources(ids), opened.metadata(ids), strict=False
-        )
-    ]
-    result = {
-        "query": text if text is not None else str(image),
-        "neighbors": neighbors,
-        "shortfall": int(found.shortfall[0]),
-    }
-    if result["shortfall"] and not as_json:
-        others = "copies of these" if where is None else "left out by --where, or copies of these"
-        say(f"found {len(neighbors)} of the {k} asked for: all others are {others}")
-    answer(result, as_json, lambda: (f"{one['score']:.3f}  {one['id']}  {one['source']}" for one in neighbors))
-
-
 def _announce(plan: Plan) -> None:
     """What a large index will take; a small one takes nothing worth a line."""
     if plan.layout != "exact":
@@ -264,11 +199,6 @@ def changeable(index: str) -> ImageIndex:
             f"expected an index that can be changed, {index} is read-only: build one of your own (knn-diffusion index build)"
         )
     return opened
-
-
-def _existing(image: Path | None) -> Path:
-    assert image is not None
-    return image
 
 
 def _tell(report: AddReport, index: ImageIndex, folder: Path, as_json: bool) -> None:

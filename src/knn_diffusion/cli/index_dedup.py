@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knn_diffusion.cli.index import IndexArgument, changeable
-from knn_diffusion.cli.terminal import JsonOption, answer, progress, say
-from knn_diffusion.errors import UsageError
+from knn_diffusion.cli.terminal import JsonOption, answer, progress, require_png, say
 
 if TYPE_CHECKING:
     from knn_diffusion.image_index import DedupReport, ImageIndex
@@ -53,7 +52,7 @@ def dedup(
     if report is not None:
         require_table(report)
     if picture is not None:
-        _require_png(picture)
+        require_png(picture)
     with changeable(index) if apply else ImageIndex.open(index, read_only=True) as opened, progress() as show:
         found = opened.dedup(threshold=threshold, manhattan=manhattan, progress=show)
         groups = found.groups(GROUPS_SHOWN, PICTURED_COPIES)
@@ -66,11 +65,6 @@ def dedup(
     shown = [asdict(group) for group in groups]
     result = {**found.to_dict(), "removed": found.num_copies if apply else 0, "largest": shown}
     answer(result, as_json, lambda: _lines(found, groups, apply))
-
-
-def _require_png(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"expected a .png file for the picture of copies, got {path}: change its name")
 
 
 def _lines(found: DedupReport, groups: list[Group], removed: bool) -> Iterator[str]:

@@ -11,8 +11,8 @@ from jaxtyping import Int, UInt64
 from PIL import Image
 
 from knn_diffusion.errors import StoreError, UsageError
-from knn_diffusion.image_index.settings import preview_side
 from knn_diffusion.image_index.exclusion import require_list
+from knn_diffusion.image_index.settings import preview_side
 from knn_diffusion.retrieval.metadata import Value
 from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store

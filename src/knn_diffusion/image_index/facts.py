@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
+from base64 import b64encode
 from collections.abc import Sequence
+from contextlib import suppress
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,17 @@ from knn_diffusion.retrieval.index import LocalRetriever
 from knn_diffusion.retrieval.kept import cache_problem
 from knn_diffusion.retrieval.metadata import Value
 from knn_diffusion.retrieval.plan import Plan
+from knn_diffusion.retrieval.segments import Snapshot
 from knn_diffusion.retrieval.store import Store
+
+SHOWN = 24
+"""Images of an index that a notebook shows."""
+
+
+def _inline(picture: Image.Image) -> str:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return f'<img src="data:image/png;base64,{b64encode(content.getvalue()).decode()}" style="margin: 2px">'
 
 
 class IndexFacts:
@@ -32,6 +47,21 @@ class IndexFacts:
 
     def __len__(self) -> int:
         return len(self._store)
+
+    def __repr__(self) -> str:
+        made = self._store.encoder
+        return f"<ImageIndex {self._store.name}: {len(self):,} images, {made.dim} numbers each by {made.name}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the line of `repr`, and the first images that have previews."""
+        shown = [picture for one in self._first_ids(SHOWN) if (picture := self.preview(one)) is not None]
+        return f"<p>{escape(repr(self))}</p>" + "".join(map(_inline, shown))
+
+    def _first_ids(self, count: int) -> list[str]:
+        def read(now: Snapshot) -> list[str]:
+            return [facts[0] for facts in self._store.facts(now.live_rows[:count], now)]
+
+        return self._store.consistently(read)
 
     def __contains__(self, id_: object) -> bool:
         return isinstance(id_, str) and bool(self._store.rows_of([id_])[0] >= 0)
@@ -101,6 +131,30 @@ class IndexFacts:
     def metadata(self, ids: Sequence[str]) -> list[dict[str, Value]]:
         """What is known of the images beside their sources, by name. Raises: UsageError for an unknown id."""
         return catalog.metadata(self._store, ids)
+
+    def ids_where(self, condition: str) -> list[str]:
+        """The ids of the images that fulfil a condition as in `search`, in the order they were added.
+
+        Raises: UsageError when it is no condition.
+        """
+
+        def read(now: Snapshot) -> list[str]:
+            return [facts[0] for facts in self._store.facts(np.flatnonzero(self._store.matching(condition, now)), now)]
+
+        return self._store.consistently(read)
+
+    def ids_from(self, place: str | Path) -> list[str]:
+        """The ids of the images that came from a file, or from anything in a folder, a shard or a table."""
+        places = {str(place), os.path.normpath(place), os.path.abspath(place)}
+        with suppress(ValueError):  # on another disk of Windows
+            places.add(os.path.relpath(place))
+        texts = [f"'{one.replace(chr(39), chr(39) * 2)}'" for one in sorted(places)]
+        starts = [
+            f"substr(source, 1, {len(one + end)}) = {text[:-1]}{end}'"
+            for one, text in zip(sorted(places), texts, strict=True)
+            for end in (os.sep, "::")
+        ]
+        return self.ids_where(" OR ".join([f"source IN ({', '.join(texts)})", *starts]))
 
     def preview(self, id_: str) -> Image.Image | None:
         """The framed picture, RGBA where something shows through it, `preview_side` pixels across; None when added without.

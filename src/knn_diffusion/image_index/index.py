@@ -32,6 +32,7 @@ from knn_diffusion.image_index.metadata_table import Tables
 from knn_diffusion.image_index.queries import Vectors, as_texts, as_vectors
 from knn_diffusion.image_index.settings import keep_reach, keep_rule, stored_rule, stored_settings
 from knn_diffusion.image_index.shared import Place, find_index
+from knn_diffusion.image_index.sync import SyncPlan, plan_sync
 from knn_diffusion.image_index.tokenizing import TokenOutput, tokenize_units
 from knn_diffusion.image_index.upkeep import Upkeep, require_writable
 from knn_diffusion.progress import Progress
@@ -242,9 +243,16 @@ class ImageIndex(IndexFacts):
 
         Raises: UsageError naming an unknown id, before anything is removed.
         """
-        self._store.remove(ids)
         require_list(ids)
+        self._store.remove(ids)
         self._look_after()
+
+    def sync(self, folder: str | Path, *, progress: Progress | None = None) -> SyncPlan:
+        """What is new, changed and gone in a folder since its images were added; `apply` of what is returned does it.
+
+        Raises: UsageError when the folder holds no image.
+        """
+        return plan_sync(self, self._store, Path(folder), progress)
 
     def dedup(
         self,
@@ -346,6 +354,7 @@ class ImageIndex(IndexFacts):
         Raises: UsageError when the folder exists; KnnDiffusionError when the disk is full, and then nothing is left.
         """
         target = Path(path)
+        building.require_utf8(target)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UsageError(f"expected a new folder for the index, {target} exists: choose another")
 
@@ -354,7 +363,6 @@ class ImageIndex(IndexFacts):
                 self._store.copy_to(temporary, sealed=sealed)
 
         self._store.consistently(copy)
-        building.require_utf8(target)
 
     def export(
         self,
@@ -415,6 +423,7 @@ class ImageIndex(IndexFacts):
         """The k nearest images of each vector, best first, copies of a better one left out.
 
         Args:
+            queries: an array, tensor or list of vectors, or one vector.
             exclude_ids: ids no query may find, or for each query the ids it may not find.
             where: an SQL condition over id, source, key, added_at and the names of metadata, such as
                 `source LIKE '%fruit%' AND width >= 512`.
@@ -423,11 +432,10 @@ class ImageIndex(IndexFacts):
         Raises: UsageError when k is below 1 or beyond the index, or `where` is no condition; FingerprintError when the
             vectors have another width.
         """
-            queries: an array, tensor or list of vectors, or one vector.
         vectors = as_vectors(queries)
         excluded = per_query(exclude_ids, len(vectors))
         rule = None if deduplicate else OFF
-        return self._retriever.search(queries, k, excluded, where, modality=modality, rule=rule)
+        return self._retriever.search(vectors, k, excluded, where, modality=modality, rule=rule)
 
     def search_text(self, text: str | Sequence[str], k: int, **options: Any) -> Neighbors:
         """The k images nearest to each text; options as in `search`."""

@@ -31,7 +31,7 @@ class Art:
         place = self.path(concept, family)
         if place is None:
             raise UsageError(f"expected {family} art of {concept.name!r} in {self.folder}: run recipes/fetch_art.py")
-        with Image.open(place) as image:
+        with Image.open(place, formats=("PNG",)) as image:  # noqa: TID251
             return image.convert("RGBA")
 
     def concepts_of(self, family: str) -> tuple[Concept, ...]:

@@ -79,7 +79,7 @@ def render_svg(svg: str, side: int = SIDE) -> Image.Image:
     except ImportError:
         raise MissingDependencyError("drawing SVG art needs resvg: pip install 'knn-diffusion[stickers]'") from None
     png = resvg_py.svg_to_bytes(svg_string=svg, width=side, skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return Image.open(io.BytesIO(bytes(png)), formats=("PNG",)).convert("RGBA")  # noqa: TID251
 
 
 def _render_chunk(icons: Sequence[Icon], folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Few steps: the Fréchet distance at 16 steps is within 5 % of that at 100.
+"""Few steps: FD∞ (the Fréchet distance without bias) at 16 steps is within 5 % of that at 100.
 
 python benchmarks/few_steps.py stickers --size 1000 [--steps 16 100] [--sampler halton] [--judge DIR] [--json]
 """

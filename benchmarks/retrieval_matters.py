@@ -1,4 +1,4 @@
-"""Retrieval matters (Table 3 in small): FD with 10 neighbors / FD without is at most 0.6 (the paper: 16.66 / 38.2 = 0.44).
+"""Retrieval matters (Table 3 in small): FD∞ with 10 neighbors / FD∞ without is at most 0.6 (the paper: 16.66 / 38.2 = 0.44).
 
 The models without neighbors are trained alike, at the same budget: on the plain embedding ("Without KNN", Sec. 4.4) and on
 the LAFITE-noised one (Table 3). Each model's λ is chosen on validation captions. Beside the options of the model compared with:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from knn_diffusion import stickers
 from knn_diffusion.errors import CheckpointError, ConfigError, StoreError, UsageError
 from knn_diffusion.evaluation import examiner as examining
-from knn_diffusion.evaluation import protocols
+from knn_diffusion.evaluation import frechet, protocols
 from knn_diffusion.images import SourceImage
 from knn_diffusion.models.judge import Judge, JudgeConfig, Verdict
 from knn_diffusion.shapes import Neighbors
@@ -196,10 +196,22 @@ def test_every_prompt_has_its_own_seed_and_before_and_after_share_them(examiner:
     assert seeds[:22] == seeds[22:]
 
 
-def test_real_pictures_are_nearer_to_the_reference_than_copies_of_a_few(examiner: protocols.Examiner) -> None:
+def test_real_pictures_are_nearer_to_other_scenes_than_copies_of_a_few(examiner: protocols.Examiner) -> None:
     section = protocols.frechet(examiner)
-    assert section.value("Fréchet distance", "real renders") < section.value("Fréchet distance", "generated")
+    for measure in ("FD∞", "KID"):
+        assert section.value(measure, "real renders") < section.value(measure, "generated")
+        real = next(row.estimate for row in section.rows if (row.measure, row.of) == (measure, "real renders"))
+        assert real.low < 0 < real.high, f"real against real is nothing but for chance: {measure}"
     assert {row.estimate.count for row in section.rows} == {24}
+
+
+def test_reconstructions_are_nearer_to_their_own_scenes_than_the_bias_of_other_scenes(
+    examiner: protocols.Examiner,
+) -> None:
+    section = protocols.frechet(examiner)
+    own = examining.reference_features(examiner, examining.REFERENCE_SEED)
+    others = examining.reference_features(examiner, examining.CEILING_SEED)
+    assert section.value("Fréchet distance", "tokenizer reconstructions") < frechet.frechet_distance(own, others)
 
 
 def test_guidance_is_chosen_by_the_distance_on_validation_captions(examiner: protocols.Examiner) -> None:

@@ -1,1 +1,1 @@
-"""Measuring a model: the numbers (`metrics`), what is asked of it (`protocols`), and the page that says it (`report`)."""
+"""Measuring: distances of sets of features, what is asked of a model (`protocols`), and the page that says it (`report`)."""

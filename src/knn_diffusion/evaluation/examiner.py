@@ -18,7 +18,9 @@ from PIL import Image
 from knn_diffusion import images, stickers
 from knn_diffusion.config import config, require
 from knn_diffusion.errors import StoreError
-from knn_diffusion.evaluation.metrics import Features, bootstrap_frechet, frechet_distance, frechet_estimate
+from knn_diffusion.evaluation.frechet import bootstrap_frechet, bootstrap_infinity, frechet_distance, frechet_infinity
+from knn_diffusion.evaluation.kernels import kid
+from knn_diffusion.evaluation.metrics import Features, bootstrap_estimate
 from knn_diffusion.evaluation.report import Row
 from knn_diffusion.models.judge import Judge, Judgement, judge_images
 from knn_diffusion.progress import Progress
@@ -141,10 +143,32 @@ def drawn_features(examiner: Examiner, data_seed: int, **changed: Any) -> Featur
 
 
 def distance_row(of: str, features: Features, reference: Features, config: EvaluationConfig) -> Row:
-    """The distance of one set from the reference, with its bootstrap interval."""
+    """The plain distance of one set from the reference, with its bootstrap interval."""
     value = frechet_distance(features, reference)
-    estimate = frechet_estimate(value, bootstrap(features, reference, config), len(features))
-    return Row(measure="Fréchet distance", of=of, estimate=estimate, unit="distance")
+    draws = bootstrap_frechet(features, reference, num_resamples=config.resamples, seed=config.seed)
+    return Row(
+        measure="Fréchet distance", of=of, estimate=bootstrap_estimate(value, draws, len(features)), unit="distance"
+    )
+
+
+def unbiased_rows(
+    of: str,
+    features: Features,
+    reference: Features,
+    config: EvaluationConfig,
+    draws: Float[np.ndarray, "resamples"] | None = None,
+) -> list[Row]:
+    """FD∞ and KID of one set from a reference of other scenes, with their intervals.
+
+    Args: draws: what `bootstrap` gives, where it is at hand.
+    """
+    value = frechet_infinity(features, reference, seed=config.seed)
+    draws = bootstrap(features, reference, config) if draws is None else draws
+    estimate = bootstrap_estimate(value, draws, len(features))
+    return [
+        Row(measure="FD∞", of=of, estimate=estimate, unit="distance"),
+        Row(measure="KID", of=of, estimate=kid(features, reference).estimate, unit="distance"),
+    ]
 
 
 def scenes_of(prompts: Sequence[Prompt], seed: int) -> list[stickers.Scene]:
@@ -204,5 +228,5 @@ def reconstruct(pipe: Pipe, pictures: Pictures, batch_size: int = 16) -> Picture
 
 
 def bootstrap(features: Features, reference: Features, config: EvaluationConfig) -> Float[np.ndarray, "resamples"]:
-    """Resampled distances; sets drawn for the same captions are resampled alike, so their draws can be compared."""
-    return bootstrap_frechet(features, reference, num_resamples=config.resamples, seed=config.seed)
+    """FD∞ of resampled sets; sets drawn for the same captions are resampled alike, so their draws can be compared."""
+    return bootstrap_infinity(features, reference, num_resamples=config.resamples, seed=config.seed)

@@ -1,8 +1,7 @@
-"""The numbers a report is made of: Fréchet distance, accuracy, recall, and how sure each of them is.
+"""The numbers a report is made of: shares, accuracies, recall, and how sure each of them is.
 
-Pure functions of arrays in float64: no model, no file, no clock. What is measured on which images is decided in
-`protocols.py`. The paper reports FID (Sec. 4.2), which is this distance on the features of one particular network; a
-distance on other features is never called FID here.
+Pure functions of arrays in float64: no model, no file, no clock. Distances of sets of features are in `frechet`, `kernels` and
+`manifolds`. What is measured on which images is decided in `protocols` and `comparison`.
 """
 
 from __future__ import annotations
@@ -32,79 +31,26 @@ class Estimate:
     count: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Moments:
-    """Mean and covariance of a set of features: the Gaussian that stands for it in the Fréchet distance."""
+def same_width(generated: Features, reference: Features, least: int = 2) -> None:
+    """Check that two sets of features can be compared.
 
-    mean: Float[np.ndarray, "width"]
-    covariance: Float[np.ndarray, "width width"]
-
-
-def moments(features: Features) -> Moments:
-    """Mean and unbiased covariance in float64.
-
-    Raises: UsageError for fewer than two rows, or values that are not finite.
+    Args: least: items that each side needs.
+    Raises: UsageError when widths differ, a side has too few rows, or a value is not finite.
     """
-    if features.ndim != 2 or len(features) < 2:
-        raise UsageError(f"a covariance needs [items >= 2, width] features, got {list(features.shape)}: add images")
-    if not np.isfinite(features).all():
-        raise UsageError("features must be finite, got inf or nan: check the network that made them")
-    exact = features.astype(np.float64)
-    mean = exact.mean(0)
-    centred = exact - mean
-    return Moments(mean=mean, covariance=centred.T @ centred / (len(exact) - 1))
+    if generated.ndim != 2 or reference.ndim != 2 or generated.shape[1] != reference.shape[1]:
+        got = f"{list(generated.shape)} and {list(reference.shape)}"
+        raise UsageError(
+            f"expected two sets of [items, width] features of one width, got {got}: use one network for both"
+        )
+    for features in (generated, reference):
+        if len(features) < least:
+            raise UsageError(f"expected [items >= {least}, width] features, got {list(features.shape)}: add images")
+        if not np.isfinite(features).all():
+            raise UsageError("features must be finite, got inf or nan: check the network that made them")
 
 
-def matrix_root(covariance: Float[np.ndarray, "width width"]) -> Float[np.ndarray, "width width"]:
-    """The symmetric root of a positive semi-definite matrix; negative eigenvalues, mere rounding, count as zero."""
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-
-
-def frechet_of_moments(first: Moments, second: Moments) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of two Gaussians.
-
-    |m_1 - m_2|² + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^½). The last trace is the sum of singular values of C_1^½ C_2^½, which
-    stays real and stable when a covariance has no full rank, where a general matrix root does not.
-    """
-    cross = np.linalg.svd(matrix_root(first.covariance) @ matrix_root(second.covariance), compute_uv=False).sum()
-    return _distance(first, second, float(cross))
-
-
-def frechet_distance(generated: Features, reference: Features) -> float:
-    """Fréchet distance of the Gaussians of two sets of features (paper, Sec. 4.2, on features of your choice).
-
-    It is biased upwards by about 1 / count: compare only values measured with the same counts on both sides.
-
-    Raises: UsageError when widths differ, a side has fewer than two rows, or a value is not finite.
-    """
-    _require_same_width(generated, reference)
-    return frechet_of_moments(moments(generated), moments(reference))
-
-
-def bootstrap_frechet(
-    generated: Features, reference: Features, *, num_resamples: int = 100, seed: int = 0
-) -> Float[np.ndarray, "resamples"]:
-    """Fréchet distances of resampled `generated` sets against the fixed reference.
-
-    Drawing with replacement repeats rows, which shifts every draw upwards; the draws are therefore centred on the
-    measured distance, and their spread is the answer. The same seed draws the same rows, so two models measured on the
-    same prompts can be compared draw by draw (`ratio_estimate`).
-    """
-    _require_same_width(generated, reference)
-    fixed = moments(reference)
-    root = matrix_root(fixed.covariance)
-    rng = np.random.default_rng(seed)
-    draws = np.empty(num_resamples)
-    for i in range(num_resamples):
-        resampled = moments(generated[rng.integers(0, len(generated), len(generated))])
-        squares = np.linalg.eigvalsh(root @ resampled.covariance @ root)
-        draws[i] = _distance(resampled, fixed, float(np.sqrt(np.clip(squares, 0.0, None)).sum()))
-    return np.maximum(draws - draws.mean() + frechet_of_moments(moments(generated), fixed), 0.0)
-
-
-def frechet_estimate(value: float, draws: Float[np.ndarray, "resamples"], count: int) -> Estimate:
-    """The distance with the interval in which 95 % of its bootstrap draws lie."""
+def bootstrap_estimate(value: float, draws: Float[np.ndarray, "resamples"], count: int) -> Estimate:
+    """A measured value with the interval in which 95 % of its bootstrap draws lie."""
     low, high = np.quantile(draws, (0.025, 0.975))
     return Estimate(value=value, low=min(float(low), value), high=max(float(high), value), count=count)
 
@@ -122,7 +68,7 @@ def ratio_estimate(
     """
     if below <= 0 or (draws_below <= 0).any():
         raise UsageError(f"a ratio needs a positive distance below the line, got {below}: use more or other images")
-    return frechet_estimate(above / below, draws_above / draws_below, count)
+    return bootstrap_estimate(above / below, draws_above / draws_below, count)
 
 
 def top_k_hits(
@@ -170,17 +116,3 @@ def recall(found: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> fl
     if not shares:
         raise UsageError("recall needs at least one true id, got none: pass the exact neighbors")
     return float(np.mean(shares))
-
-
-def _distance(first: Moments, second: Moments, cross: float) -> float:
-    gap = first.mean - second.mean
-    spread = np.trace(first.covariance) + np.trace(second.covariance)
-    return max(0.0, float(gap @ gap + spread - 2 * cross))
-
-
-def _require_same_width(generated: Features, reference: Features) -> None:
-    if generated.ndim != 2 or reference.ndim != 2 or generated.shape[1] != reference.shape[1]:
-        got = f"{list(generated.shape)} and {list(reference.shape)}"
-        raise UsageError(
-            f"expected two sets of [items, width] features of one width, got {got}: use one network for both"
-        )

@@ -167,8 +167,6 @@ def test_edit_writes_images_and_strength_0_keeps_the_pixels(
         (["edit", "no-such.png", "a cat"], 1, "no-such.png"),
         (["edit", "no-such.png", "a cat", "--strength", "2"], 1, "no-such.png"),
         (["paint"], 2, "paint"),
-        (["dataset"], 2, "Missing command"),
-        (["index"], 2, "Missing command"),
         (
             ["index", "build", "a", "--output", "i", "--ray-address", "auto"],
             2,

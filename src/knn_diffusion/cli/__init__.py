@@ -16,6 +16,7 @@ import typer
 from knn_diffusion import __version__
 from knn_diffusion.cli import (
     draw,
+    evaluate,
     index,
     index_compact,
     index_dedup,
@@ -56,7 +57,7 @@ index.app.command()(index_push.push)
 app.add_typer(index.app, name="index")
 app.add_typer(train.app, name="train")
 app.add_typer(tokenizer.app, name="tokenizer")
-app.command("evaluate")(tools.evaluate)
+app.add_typer(evaluate.app, name="evaluate")
 app.command("push")(tools.push)
 app.add_typer(tools.dataset_app, name="dataset")
 app.command("convert")(parts.convert)
@@ -80,7 +81,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; expected failures are one line on standard error."""
     open_missing_streams()
-    given = spread_values(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = spread_values(sys.argv[1:] if arguments is None else arguments)
+    if not given or (len(given) == 1 and given[0] in {group.name for group in app.registered_groups}):
+        given = [*given, "--help"]
     try:
         code = int(app(args=given, prog_name="knn-diffusion", standalone_mode=False) or 0)
         return _fail(INTERRUPTED, code) if code == 130 else code  # newer typer turns Ctrl-C into this code itself

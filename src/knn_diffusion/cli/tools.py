@@ -1,16 +1,15 @@
-"""`evaluate`, `push`, `dataset stickers` and `doctor`."""
+"""`push`, `dataset stickers` and `doctor`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from knn_diffusion.cli.draw import MODELS_OWN, RevisionOption
-from knn_diffusion.cli.terminal import JsonOption, answer, new_folder, progress
+from knn_diffusion.cli.terminal import JsonOption, answer, progress
 from knn_diffusion.errors import UsageError
 
 ModelArgument = Annotated[
@@ -95,60 +94,6 @@ def stickers(
             count = sum(1 for _ in made.glob("*.png"))
     result = {"folder": str(made.absolute()), "count": count, "size": size, "split": kind, "seed": seed}
     answer(result, as_json, lambda: iter([f"{count:,} pictures in {made}"]))
-
-
-def evaluate(
-    model: ModelArgument,
-    *,
-    revision: RevisionOption = None,
-    index: Annotated[
-        str | None,
-        typer.Option(
-            "--index", help="Images to retrieve from, instead of the model's own: folder, bundled name, owner/name."
-        ),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", help="A protocol: understands, draws, adapts, frechet, pictures; repeatable."),
-    ] = None,
-    num_prompts: Annotated[int, typer.Option("--num-prompts", help="Prompts the judge grades.")] = 200,
-    num_distance: Annotated[int, typer.Option("--num-distance", help="Pictures on each side of a distance.")] = 1000,
-    k: Annotated[int | None, typer.Option("-k", help="Neighbors to retrieve.", show_default=MODELS_OWN)] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.", show_default=MODELS_OWN)] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option("--guidance-scale", help="λ of classifier-free guidance.", show_default=MODELS_OWN),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Prompts and drawings follow from it.")] = 0,
-    judge: Annotated[
-        Path | None, typer.Option("--judge", help="Folder of the judge, instead of the bundled one.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="New folder for report.md, report.json, pictures.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Measure a model: is the text understood, is what is asked drawn, does it adapt without training.
-
-    Example: knn-diffusion evaluate stickers --only understands --only draws
-    """
-    from knn_diffusion.evaluation import protocols
-    from knn_diffusion.pipeline import KnnDiffusion
-
-    settings = protocols.EvaluationConfig(
-        num_prompts=num_prompts,
-        num_distance=num_distance,
-        seed=seed,
-        k=k,
-        num_steps=steps,
-        guidance_scale=guidance_scale,
-    )
-    folder = None if output is None else new_folder(output)
-    with progress() as show:
-        pipe: Any = KnnDiffusion.from_pretrained(model, index=index, revision=revision, device=device)
-        made = protocols.evaluate(pipe, judge, folder, only=only, progress=show, config=settings)
-    answer(made.to_dict(), as_json, lambda: iter(made.to_markdown().splitlines()))
 
 
 def push(

@@ -52,6 +52,7 @@ class Report:
 
     facts: dict[str, Any]
     sections: list[Section]
+    title: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -59,7 +60,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """The page for people: one table a protocol, then the facts."""
-        lines = [f"# Evaluation of {self.facts.get('model', 'a model')}", ""]
+        lines = [f"# {self.title or 'Evaluation of ' + str(self.facts.get('model', 'a model'))}", ""]
         for section in self.sections:
             lines += [f"## {section.title}", "", section.note, ""]
             if section.rows:
@@ -70,6 +71,19 @@ class Report:
                 lines += [_table_line(row) for row in section.rows] + [""]
         lines += ["## How this was measured", "", *(f"- {name}: {_plain(value)}" for name, value in self.facts.items())]
         return "\n".join(lines) + "\n"
+
+    def to_table(self) -> str:
+        """The figures alone, in columns for a terminal, each section under its title."""
+        lines = []
+        for section in self.sections:
+            cells = [("", "value", "95 % interval", "N"), *(_cells(row) for row in section.rows)]
+            widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+            lines += [section.title, ""]
+            for first, *others in cells:
+                padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+                lines.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
+            lines += ["", section.note]
+        return "\n".join(lines)
 
     def save(self, folder: Path) -> None:
         """Write report.json and report.md into `folder`, each whole or not at all."""
@@ -116,13 +130,20 @@ def _cpu_name() -> str:
 
 
 def _table_line(row: Row) -> str:
+    measure, value, interval, count = _cells(row)
+    return f"| {measure} | {row.of} | {value} | {interval} | {count} | {row.target} |"
+
+
+def _cells(row: Row) -> tuple[str, str, str, str]:
     e = row.estimate
-    cells = (_figure(e.value, row.unit), f"{_figure(e.low, row.unit)} – {_figure(e.high, row.unit)}", str(e.count))
-    return f"| {row.measure} | {row.of} | {cells[0]} | {cells[1]} | {cells[2]} | {row.target} |"
+    interval = f"{_figure(e.low, row.unit)} – {_figure(e.high, row.unit)}"
+    return row.measure, _figure(e.value, row.unit), interval, str(e.count)
 
 
 def _figure(value: float, unit: Unit) -> str:
-    return f"{100 * value:.1f} %" if unit == "share" else f"{value:.3f}"
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}" if abs(value) >= 0.1 or not value else f"{value:.2g}"
 
 
 def _plain(value: object) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ USUAL_SIZE = 224
 WORDS_TRIED = 300
 """Entries of a vocabulary, evenly spread, that are looked for in what its tokenizer makes of them."""
 PROBES = ("a cat", "a dog")
+HERE = {"local_files_only": True, "trust_remote_code": False}
 DIGEST = "weights_sha256"
 """In the `config.json` of an encoder that was saved here: its fingerprint."""
 
@@ -172,39 +174,11 @@ def load_transformers_encoder(folder: Path, name: str) -> TransformersEncoder:
     Raises: MissingDependencyError without transformers; UsageError when it is another kind of model; CheckpointError when
         something is missing or damaged.
     """
-    library, weights = _transformers(name), _weights(folder)
-    attention = {"attn_implementation": "sdpa"}  # a configuration can name code of the hub to attend with
-    here = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = library.AutoConfig.from_pretrained(folder, **here)
-        with torch.device("meta"):
-            network = type(library.AutoModel.from_config(config, trust_remote_code=False, **attention))
-        if not hasattr(network, "get_image_features") or not hasattr(network, "get_text_features"):
-            raise UsageError(
-                f"expected a joint text-image model, {name!r} is a {network.__name__}: choose CLIP or SigLIP"
-            )
-        model, report = network.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **attention,
-        )
-        processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", **here)
-        tokenizer = library.AutoTokenizer.from_pretrained(folder, **here)
-    except ImportError as error:
-        raise MissingDependencyError(f"{name}: {_one_line(error)}: install what it names") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"expected a model of transformers in {folder}, it cannot be read ({_one_line(error)}): download it again"
-        ) from None
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(
-            f"{folder}: {len(missing)} tensors missing (first: {missing[0]}): the weights are of another model"
-        )
-    if broken := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
-        raise CheckpointError(f"{folder}: {broken[0]} holds values that are not finite: download it again")
+    model = load_network(folder, name, joint=True)
+    library = _transformers(name)
+    with _readable(folder, name):
+        processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", **HERE)
+        tokenizer = library.AutoTokenizer.from_pretrained(folder, **HERE)
     _require_vocabulary(tokenizer, int(model.config.text_config.vocab_size), folder)
     encoder = TransformersEncoder(model, processor, tokenizer, name)
     one, other = encoder.encode_texts(PROBES)
@@ -218,6 +192,55 @@ def load_transformers_encoder(folder: Path, name: str) -> TransformersEncoder:
             f"{folder} is damaged (its digest is not the one stored with it): copy or download it again"
         )
     return encoder
+
+
+def load_network(folder: Path, name: str, *, joint: bool = False) -> Any:
+    """Read and verify a network of transformers, its weights by our own reader.
+
+    Args:
+        name: how messages call it.
+        joint: whether it must embed both images and texts.
+
+    Raises: as `load_transformers_encoder`.
+    """
+    library, weights = _transformers(name), _weights(folder)
+    attention = {"attn_implementation": "sdpa"}  # a configuration can name code of the hub to attend with
+    with _readable(folder, name):
+        config = library.AutoConfig.from_pretrained(folder, **HERE)
+        with torch.device("meta"):
+            network = type(library.AutoModel.from_config(config, trust_remote_code=False, **attention))
+        if joint and not (hasattr(network, "get_image_features") and hasattr(network, "get_text_features")):
+            raise UsageError(
+                f"expected a joint text-image model, {name!r} is a {network.__name__}: choose CLIP or SigLIP"
+            )
+        model, report = network.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **attention,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors missing (first: {missing[0]}): the weights are of another model"
+        )
+    if broken := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{folder}: {broken[0]} holds values that are not finite: download it again")
+    return model
+
+
+@contextmanager
+def _readable(folder: Path, name: str) -> Iterator[None]:
+    """Errors of transformers as ours."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(f"{name}: {_one_line(error)}: install what it names") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"expected a model of transformers in {folder}, it cannot be read ({_one_line(error)}): download it again"
+        ) from None
 
 
 def _require_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:

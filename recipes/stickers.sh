@@ -5,7 +5,8 @@
 #     recipes/stickers.sh gpu [MINUTES]     one GPU
 #
 # Every training stage stops after MINUTES (default: never) and goes on when the same command is run again, so the recipe
-# runs in slices. It needs the emoji font (fonts-noto-color-emoji) and no network. Everything lands in recipes/runs/.
+# runs in slices. It needs the emoji font (fonts-noto-color-emoji) and no network. Everything lands in recipes/runs/, where
+# backbone/ must lie already (recipes/backbone.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 hardware=${1:?say cpu or gpu}
@@ -31,7 +32,8 @@ if [ ! -f "$runs/pictures.done" ]; then
 fi
 
 # 2. The joint encoder plays CLIP's part: it reads captions and knows every concept. The generator sees neither.
-train encoder --preset "$preset" --output "$runs/encoder"
+$knn dataset stickers "$runs/captioned" --count "$scenes" --seed 2 --split all
+train encoder --preset stickers --images "$runs/captioned" --set backbone="$runs/backbone" --output "$runs/encoder"
 
 # 3. Tokenizer, index and denoiser learn from pixels only.
 train tokenizer --preset "$preset" --images "$runs/scenes" --output "$runs/tokenizer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_encoder import tiny_encoder, tiny_tokenizer
+from tiny_encoder import tiny_encoder, tiny_sticker_config, tiny_sticker_encoder, tiny_tokenizer
 
 from knn_diffusion import images
 from knn_diffusion.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from knn_diffusion.errors import CheckpointError, ConfigError, ImageError, MissingDependencyError, UsageError
+from knn_diffusion.images import frame
 from knn_diffusion.models import encoders
 from knn_diffusion.models.encoders import JointEncoder, SmallJointEncoder, load_encoder, save_encoder
 from knn_diffusion.models.fixed_batches import IMAGES_AT_ONCE
-from knn_diffusion.models.small_encoder import (
-    Painter,
-    SmallEncoder,
-    SmallEncoderConfig,
-    contrastive_loss,
-    looks_loss,
-)
+from knn_diffusion.models.small_encoder import SmallEncoder, SmallEncoderConfig
+from knn_diffusion.models.sticker_encoder import StickerEncoder, StickerEncoderConfig, StickerJointEncoder
 from knn_diffusion.models.transformers_encoder import TransformersEncoder, vector_of
 
 TEXTS = ["a red dog", "the blue heart", "apple"]
@@ -68,9 +65,10 @@ def published(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.fixture(params=["small", "clip", "siglip"])
+@pytest.fixture(params=["stickers", "small", "clip", "siglip"])
 def encoder(request: pytest.FixtureRequest, tmp_path: Path) -> JointEncoder:
-    return tiny_encoder() if request.param == "small" else load_encoder(published(tmp_path / "hub", request.param))
+    own = {"stickers": tiny_sticker_encoder, "small": tiny_encoder}
+    return own[request.param]() if request.param in own else load_encoder(published(tmp_path / "hub", request.param))
 
 
 def test_rows_are_float32_unit_vectors(encoder: JointEncoder) -> None:
@@ -107,7 +105,8 @@ def test_margins_of_a_transparent_picture_make_no_difference(encoder: JointEncod
 
 
 def test_a_transparent_picture_is_seen_on_white_and_a_white_one_on_grey(encoder: JointEncoder) -> None:
-    for colour, ground in (((200, 30, 30), (255, 255, 255)), ((255, 255, 255), (128, 128, 128))):
+    own = (191, 191, 191) if isinstance(encoder, StickerJointEncoder) else None  # that one knows grey alone
+    for colour, ground in (((200, 30, 30), own or (255, 255, 255)), ((255, 255, 255), own or (128, 128, 128))):
         seen = sticker(colour, (64, 64), (2, 12))
         np.testing.assert_array_equal(*encoder.encode_images([seen, images.on_ground(images.frame(seen, 16), ground)]))
 
@@ -225,7 +224,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_a_folder_that_is_no_encoder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises((CheckpointError, ConfigError), match="expected a small-encoder"):
+    with pytest.raises((CheckpointError, ConfigError), match="expected a sticker-encoder"):
         load_encoder(tmp_path)
 
 
@@ -233,30 +232,6 @@ def test_the_registry_takes_new_names(monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny_encoder()
     monkeypatch.setitem(encoders.REGISTRY, "mine", lambda network: made)
     assert load_encoder("mine") is made
-
-
-def test_each_caption_finds_its_image_when_vectors_agree_and_also_true_pairs_are_left_out() -> None:
-    vectors = torch.eye(3)
-    nothing = torch.zeros(3, 3, dtype=torch.bool)
-    scale = torch.tensor(50.0)
-    assert contrastive_loss(vectors, vectors, scale, nothing) < 1e-6
-    twins = torch.stack([vectors[0], vectors[0], vectors[2]])
-    both = torch.zeros(3, 3, dtype=torch.bool)
-    both[0, 1] = both[1, 0] = both[0, 0] = True
-    assert contrastive_loss(twins, twins, scale, nothing) > 0.4
-    assert contrastive_loss(twins, twins, scale, both) < 1e-6
-
-
-def test_looks_loss_is_zero_only_for_the_thumbnail_itself_and_dislikes_lost_edges() -> None:
-    thumbnail = torch.zeros(1, 3, 8, 8)
-    thumbnail[..., 4:] = 1
-    assert looks_loss(thumbnail, thumbnail) == 0
-    flat = torch.full_like(thumbnail, 0.5)
-    assert looks_loss(flat, thumbnail) > looks_loss(thumbnail + 0.5, thumbnail)
-
-
-def test_the_painter_gives_thumbnails() -> None:
-    assert Painter(8, 16)(torch.zeros(2, 8)).shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("wrong", [{"size": 20}, {"blocks": (1,)}, {"squeeze": 0.0}, {"dim": 0}])
@@ -268,3 +243,57 @@ def test_an_impossible_shape_is_refused(wrong: dict[str, Any]) -> None:
 def test_the_default_tower_has_the_size_it_states() -> None:
     count = sum(parameter.numel() for parameter in SmallEncoder(SmallEncoderConfig()).parameters())
     assert 2.8e6 < count < 3.0e6
+
+
+def disc(colour: tuple[int, int, int], *, side: int = 40, margin: int = 4) -> Image.Image:
+    """A transparent picture with a disc, more to the left than to the right."""
+    y, x = np.mgrid[:side, :side]
+    inside = (x - side * 0.4) ** 2 + (y - side / 2) ** 2 < (side / 3 - margin) ** 2
+    return Image.fromarray(np.dstack([np.full((side, side, 3), colour), inside * 255]).astype(np.uint8), "RGBA")
+
+
+def test_a_transparent_picture_is_seen_framed_and_on_grey() -> None:
+    encoder = tiny_sticker_encoder()
+    wide = Image.new("RGBA", (90, 70))
+    wide.paste(disc((200, 30, 30)), (31, 11))
+    seen = encoder.encode_images([disc((200, 30, 30)), wide])
+    np.testing.assert_array_equal(seen[0], seen[1])
+    on_grey = Image.new("RGB", (16, 16), (191, 191, 191))
+    framed = frame(disc((200, 30, 30)), 16)
+    on_grey.paste(framed, mask=framed)
+    np.testing.assert_array_equal(seen[:1], encoder.encode_arrays(np.asarray(on_grey)[None]))
+
+
+def test_white_and_black_art_do_not_vanish() -> None:
+    encoder = tiny_sticker_encoder()
+    white, black, nothing = encoder.encode_images(
+        [disc((255, 255, 255)), disc((0, 0, 0)), Image.new("RGB", (40, 40), (191, 191, 191))]
+    )
+    assert white @ nothing < 0.999
+    assert black @ nothing < 0.999
+
+
+def test_size_and_ground_are_part_of_the_fingerprint() -> None:
+    encoder = tiny_sticker_encoder()
+    darker = StickerEncoder(replace(tiny_sticker_config(), ground=100))
+    darker.load_state_dict(encoder.network.state_dict())
+    assert StickerJointEncoder(darker, encoder.sentences).fingerprint != encoder.fingerprint
+
+
+def test_the_text_center_is_taken_off_before_the_head() -> None:
+    network = tiny_sticker_encoder().network
+    network.text_center.copy_(torch.ones(16))
+    network.text_head.bias.zero_()
+    expected = torch.nn.functional.normalize(network.text_head.weight.sum(1), dim=0)
+    torch.testing.assert_close(network.embed_texts(torch.full((1, 16), 2.0))[0], expected)
+
+
+@pytest.mark.parametrize("wrong", [{"size": 18}, {"dim": 0}, {"ground": 256}, {"place_width": 0}])
+def test_an_impossible_sticker_encoder_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        replace(tiny_sticker_config(), **wrong)
+
+
+def test_the_default_sticker_encoder_has_the_size_it_states() -> None:
+    count = sum(parameter.numel() for parameter in StickerEncoder(StickerEncoderConfig()).parameters())
+    assert 3.8e6 < count < 4.0e6

@@ -1,7 +1,8 @@
-"""The encoder's data, its losses on a tiny world, and the figures it is judged by."""
+"""The joint encoder's training: views of pictures, pairs and pools of captions, losses, and a tiny run from a folder."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,270 +10,358 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_encoder import tiny_config, tiny_encoder, tiny_sentences
+from PIL import Image, ImageDraw
+from tiny_encoder import tiny_sentences, tiny_sticker_config
 
-from knn_diffusion import stickers
-from knn_diffusion.errors import ConfigError, UsageError
-from knn_diffusion.models.encoders import SmallJointEncoder, load_encoder
-from knn_diffusion.models.small_encoder import SmallEncoder, SmallEncoderConfig
+from knn_diffusion.errors import CheckpointError, ConfigError, UsageError
+from knn_diffusion.models.efficientnet import EfficientNet, save_backbone
+from knn_diffusion.models.encoders import load_encoder, save_encoder
+from knn_diffusion.models.sticker_encoder import StickerEncoder, StickerJointEncoder
 from knn_diffusion.models.text_tower import save_text_tower
-from knn_diffusion.training.captioned import CaptionedImages, folder_pairs, holds, sticker_pairs, told_facts
-from knn_diffusion.training.closed_form import fitted
+from knn_diffusion.training.captioned_pictures import CaptionedPictures, captioned_pictures, trained_rows
+from knn_diffusion.training.captions import caption_table, read_captioned
 from knn_diffusion.training.encoder import (
-    EncoderLossConfig,
-    EncoderObjective,
+    ContrastConfig,
     EncoderRun,
+    center_texts,
+    chosen_loss,
+    first_network,
+    pairs_loss,
     train_encoder,
 )
-from knn_diffusion.training.encoder_benchmark import EncoderBenchmark, looks_probe, sticker_benchmark
-from knn_diffusion.training.loop import train
+from knn_diffusion.training.encoder_validation import EncoderValidation, validation_of
 from knn_diffusion.training.options import RunOptions
 from knn_diffusion.training.plan import TrainingConfig
+from knn_diffusion.training.views import ViewConfig, views
 
-GLYPHS = stickers.FolderGlyphs(Path(__file__).parent / "fixtures" / "glyphs")
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "yellow": (230, 210, 40)}
+SHAPES = ("dog", "cat", "heart", "apple")
+STILL = ViewConfig(shrink=1.0, enlarge=0.0, turn=0.0, stretch=0.0, light=0.0, faded=0.0, own_ground=1.0)
 
 
-def tiny_run(seed: int = 0) -> EncoderRun:
-    training = TrainingConfig(
-        num_steps=40, batch_size=16, learning_rate=5e-3, warmup_steps=5, validate_every=40, checkpoint_every=40,
-        precision="float32", seed=seed,
-    )  # fmt: skip
-    return EncoderRun(encoder=tiny_config(), losses=EncoderLossConfig(thumbnail=8), training=training)
+def drawn(shape: str, colour: tuple[int, int, int], family: str) -> Image.Image:
+    """A transparent picture: four shapes, filled by one family and only outlined by the other."""
+    image = Image.new("RGBA", (32, 32))
+    draw = ImageDraw.Draw(image)
+    how = {"fill": colour} if family == "solid" else {"outline": colour, "width": 5}
+    corners = {
+        "dog": [(2, 2), (29, 29)],
+        "cat": [(2, 2), (29, 12)],
+        "heart": [(2, 29), (15, 2), (29, 29)],
+        "apple": [(2, 2), (29, 29)],
+    }[shape]
+    {"dog": draw.rectangle, "cat": draw.rectangle, "heart": draw.polygon, "apple": draw.ellipse}[shape](corners, **how)  # type: ignore[operator]
+    return image
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> CaptionedImages:
-    return sticker_pairs(
-        tiny_sentences(max_tokens=100),
-        tmp_path_factory.mktemp("cache"),
-        count=40,
-        size=16,
-        captions_each=2,
-        glyphs=GLYPHS,
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for shape, (name, colour), family in itertools.product(SHAPES, COLOURS.items(), ("solid", "outlined")):
+        file = f"{name}-{shape}-{family}.png"
+        drawn(shape, colour, family).save(place / file)
+        claims = [[f"tint:{name}:{shape}"], [f"shows:{shape}"]]
+        entry = {"file": file, "captions": [f"{name} {shape}", shape], "family": family}
+        lines.append(json.dumps(entry | {"facts": [one[0] for one in claims], "caption_facts": claims}))
+    (place / "captions.jsonl").write_text("\n".join(lines))
+    return place
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionedPictures:
+    cache = tmp_path_factory.mktemp("cache")
+    return captioned_pictures(
+        read_captioned([folder]), tiny_sentences(), cache, size=16, ground=191, pool=12, view=ViewConfig()
     )
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> EncoderBenchmark:
-    return sticker_benchmark(16, GLYPHS, probe_count=40)
+def tiny_run(num_steps: int = 60) -> EncoderRun:
+    training = TrainingConfig(
+        num_steps=num_steps, batch_size=8, learning_rate=3e-3, warmup_steps=5, validate_every=num_steps,
+        checkpoint_every=num_steps, precision="float32", ema_decay=0.9,
+    )  # fmt: skip
+    return EncoderRun(encoder=tiny_sticker_config(), losses=ContrastConfig(pool=12), training=training)
 
 
-def thing(name: str, tint: str | None = None, turned: int = 0) -> stickers.Thing:
-    return stickers.Thing(char="x", name=name, tint=tint, turned=turned)
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def test_a_caption_tells_what_it_names() -> None:
-    scene = stickers.Scene(0, "dotted", "blue", (thing("dog", "teal"), thing("cat")), "left of")
-    everything = told_facts(scene, stickers.caption(scene))
-    assert ("ground", "blue") in everything
-    assert ("pattern", "dotted") in everything
-    assert ("tint", "teal", "dog") in everything
-    assert ("relation", "left of") in everything
-    assert told_facts(scene, "dog and cat") == [("thing", "dog"), ("thing", "cat")]
+def viewed(
+    picture: np.ndarray, cfg: ViewConfig, count: int = 40, *, mirror: bool = False, fade: bool = False
+) -> np.ndarray:
+    """Many views of one picture, levels 0 … 255."""
+    made = views(
+        np.repeat(picture[None], count, 0), 16, 191, cfg, seeded(),
+        may_mirror=np.full(count, mirror), may_fade=np.full(count, fade),
+    )  # fmt: skip
+    return ((made + 1) * 127.5).permute(0, 2, 3, 1).numpy()
 
 
-def test_a_background_is_not_told_by_a_thing_of_that_colour() -> None:
-    scene = stickers.Scene(0, "plain", "blue", (thing("blue heart"),))
-    assert told_facts(scene, "a blue heart") == [("thing", "blue heart")]
-    assert ("ground", "blue") in told_facts(scene, "a blue heart on blue")
+def test_a_still_view_is_the_picture_on_the_encoders_ground() -> None:
+    picture = np.zeros((16, 16, 4), np.uint8)
+    picture[4:12, 2:10] = (200, 100, 0, 255)
+    seen = viewed(picture, STILL, 3)
+    expected = np.where(picture[..., 3:] > 0, picture[..., :3], 191)
+    assert np.abs(seen - expected).max() < 0.01
 
 
-def test_a_caption_holds_for_a_picture_that_has_all_it_tells() -> None:
-    facts = np.array([[1, 2, 3], [1, 2, -1]])
-    told = np.array([[1, -1], [1, 3], [2, 4]])
-    assert holds(facts, told).tolist() == [[True, True, False], [True, False, False]]
+def test_half_transparent_colours_are_mixed_with_the_ground() -> None:
+    picture = np.full((16, 16, 4), (255, 0, 0, 128), np.uint8)
+    share = 128 / 255
+    expected = np.array([255, 0, 0]) * share + 191 * (1 - share)
+    assert np.abs(viewed(picture, STILL, 1)[0] - expected).max() < 0.01
 
 
-def test_the_first_caption_of_a_scene_is_its_bare_names(pairs: CaptionedImages) -> None:
-    scene = stickers.sample_scenes(40, 0, "all", GLYPHS)[7]
-    expected = tiny_sentences(max_tokens=100).encode([" and ".join(thing.name for thing in scene.things)])
-    np.testing.assert_allclose(pairs.sentences[pairs.caption_rows[7, 0]], expected[0], atol=2e-2)
+def test_only_pictures_that_may_be_mirrored_are() -> None:
+    picture = np.zeros((16, 16, 4), np.uint8)
+    picture[:, :6] = (0, 0, 0, 255)
+    left = viewed(picture, STILL)[..., :6, 0].mean((1, 2)) < 1
+    assert left.all()
+    mirrored = viewed(picture, STILL, mirror=True)[..., :6, 0].mean((1, 2)) > 1
+    assert 8 < mirrored.sum() < 32
 
 
-def test_every_caption_holds_for_its_own_picture(pairs: CaptionedImages) -> None:
-    batch = pairs.batch(torch.arange(40), torch.Generator().manual_seed(0))
-    assert bool(batch["also_true"].diagonal().all())
-    assert batch["pixels"].shape == (40, 3, 16, 16)
-    assert batch["sentences"].shape == (40, 16)
+def test_only_pictures_that_may_lose_their_colours_do() -> None:
+    picture = np.full((16, 16, 4), (220, 30, 30, 255), np.uint8)
+    fading = replace(STILL, faded=1.0)
+    assert np.ptp(viewed(picture, fading, fade=True), axis=-1).max() < 0.01
+    assert np.ptp(viewed(picture, fading), axis=-1).min() > 100
 
 
-def test_a_batch_follows_from_its_generator(pairs: CaptionedImages) -> None:
-    first, again, other = (pairs.batch(torch.arange(9), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+def test_a_shrunk_opaque_picture_is_filled_with_its_edge_and_a_transparent_one_with_the_ground() -> None:
+    opaque = np.full((16, 16, 4), (220, 30, 30, 255), np.uint8)
+    shrunk = replace(STILL, shrink=2.0, turn=20.0)
+    assert np.abs(viewed(opaque, shrunk) - (220, 30, 30)).max() < 0.1
+    holed = opaque.copy()
+    holed[8, 8, 3] = 0
+    assert (np.abs(viewed(holed, shrunk)[:, 0, 0] - 191).max(-1) < 60).any()
+
+
+def test_grounds_are_the_own_white_and_any_colour() -> None:
+    nothing = np.zeros((16, 16, 4), np.uint8)
+    corners = viewed(nothing, replace(STILL, own_ground=0.5), 400)[:, 0, 0]
+    own, white = (np.abs(corners - level).max(-1) < 0.1 for level in (191, 255))
+    assert 0.4 < own.mean() < 0.6
+    assert 0.15 < white.mean() < 0.35
+    assert len(np.unique(corners[~own & ~white].round(), axis=0)) > 50
+
+
+def test_a_batch_pairs_what_shows_the_same_across_families(pictures: CaptionedPictures, folder: Path) -> None:
+    batch = pictures.batch(torch.arange(5), seeded())
+    assert batch["pixels"].shape == (10, 3, 16, 16)
+    assert batch["sentences"].shape == (12, 16)
+    assert bool(batch["same"].roll(5, 1).diagonal().all())
+    found = read_captioned([folder])
+    row = int(pictures.drawn[0])
+    partner = pictures._partner(row, 0.5)
+    assert found[partner].captions[0] == found[row].captions[0]
+    assert found[partner].family != found[row].family or len(pictures.peers[pictures.table.groups[row]]) == 1
+
+
+def test_each_pictures_caption_is_in_the_pool_and_true_of_it(pictures: CaptionedPictures) -> None:
+    for seed in range(5):
+        batch = pictures.batch(torch.arange(7), seeded(seed))
+        assert bool(batch["true"][torch.arange(14), batch["own"]].all())
+
+
+def test_a_batch_follows_from_its_generator(pictures: CaptionedPictures) -> None:
+    first, again, other = (pictures.batch(torch.arange(9), seeded(seed)) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["pixels"], other["pixels"])
 
 
-def test_pictures_that_say_left_or_right_are_never_mirrored(pairs: CaptionedImages) -> None:
-    scenes = stickers.sample_scenes(40, 0, "all", GLYPHS)
-    sided = [scene.relation in ("left of", "right of") for scene in scenes]
-    assert any(sided)
-    assert (pairs.may_mirror == ~np.array(sided)).all()
+def test_a_picture_without_partner_is_its_own_and_is_drawn_half_as_often(pictures: CaptionedPictures) -> None:
+    lone = [row for row in pictures.trained if len(pictures.peers[pictures.table.groups[row]]) == 1]
+    assert lone
+    for row in pictures.trained:
+        alone = row in lone
+        assert (pictures.drawn == row).sum() == (1 if alone else 2)
+        assert (pictures._partner(int(row), 0.3) == row) == alone
 
 
-def test_training_lowers_both_losses_and_leaves_an_encoder_that_loads(
-    pairs: CaptionedImages, benchmark: EncoderBenchmark, tmp_path: Path
-) -> None:
-    objective = EncoderObjective(tiny_run(), tiny_sentences(max_tokens=100), benchmark)
+def test_some_pictures_are_set_aside_but_never_the_last_of_its_kind(folder: Path) -> None:
+    found = read_captioned([folder])
+    table = caption_table(found)
+    trained = trained_rows(found, table)
+    assert 0 < len(found) - len(trained) <= 2
+    assert set(table.groups[trained]) == set(table.groups)
+    assert trained_rows(found[:1], caption_table(found[:1])).tolist() == [0]
+
+
+def test_the_chosen_loss_leaves_out_what_is_true_too() -> None:
+    logits = torch.tensor([[2.0, 1.0, 2.0], [0.0, 3.0, 0.0]])
+    true = torch.tensor([[True, False, True], [False, True, False]])
+    slow = [-np.log(np.exp(2) / (np.exp(2) + np.exp(1))), -np.log(np.exp(3) / (np.exp(3) + 2))]
+    torch.testing.assert_close(chosen_loss(logits, torch.tensor([0, 1]), true), torch.tensor(np.mean(slow)).float())
+
+
+def test_the_pairs_loss_wants_the_partner_among_pictures_that_show_something_else() -> None:
+    vectors = torch.eye(3)[[0, 1, 0, 1]]  # pictures 0 and 2 are a pair, as are 1 and 3
+    same = torch.tensor([[(i - j) % 2 == 0 for j in range(4)] for i in range(4)])
+    assert pairs_loss(50 * vectors @ vectors.T, same) < 1e-6
+    swapped = torch.eye(3)[[0, 1, 1, 0]]
+    assert pairs_loss(50 * swapped @ swapped.T, same) > 10
+
+
+def test_texts_are_centered_and_half_whitened_before_the_first_step() -> None:
+    network = StickerEncoder(replace(tiny_sticker_config(), dim=4))
+    mixing = torch.randn(16, 16, generator=seeded()) * torch.logspace(0, -2, 16)
+    sentences = torch.randn(500, 16, generator=seeded(1)) @ mixing.T + 3
+    center_texts(network, sentences)
+    read = network.text_head(sentences - network.text_center)
+    torch.testing.assert_close(read.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+    spread = read.std(0)
+    plain = torch.linalg.svdvals(sentences - sentences.mean(0))[:4]
+    torch.testing.assert_close((spread / spread[0]) ** 2, plain / plain[0], rtol=0.02, atol=0)
+
+
+def test_a_wide_space_leaves_the_coordinates_that_no_text_needs_at_zero() -> None:
+    network = StickerEncoder(replace(tiny_sticker_config(), dim=24))
+    center_texts(network, torch.randn(100, 16, generator=seeded()))
+    assert not network.text_head.weight[16:].any()
+    assert network.text_head.weight[:16].any(1).all()
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
+    place = tmp_path_factory.mktemp("run")
+    save_text_tower(place / "text", tiny_sentences())
     seen: list[dict[str, float]] = []
-    options = RunOptions(output=tmp_path, device="cpu", watch=lambda step: seen.append(dict(step.metrics)))
-    train(objective, pairs, tiny_run().training, options)
-    for name in ("encoder/contrast", "encoder/looks"):
+    options = RunOptions(output=place / "out", device="cpu", watch=lambda step: seen.append(dict(step.metrics)))
+    train_encoder(replace(tiny_run(), text_tower=str(place / "text")), [folder], options)
+    return place, seen
+
+
+def test_training_lowers_every_loss_and_leaves_an_encoder_that_loads(
+    trained: tuple[Path, list[dict[str, float]]],
+) -> None:
+    place, seen = trained
+    for name in ("encoder/named", "encoder/found", "encoder/families"):
         early, late = (np.mean([metrics[name] for metrics in part]) for part in (seen[:10], seen[-10:]))
-        assert late < 0.9 * early
-    assert 0 <= seen[-1]["validation/name_top1"] <= seen[-1]["validation/name_top5"] <= 1
-    assert (tmp_path / "previews" / "step-0000040.png").is_file()
-    loaded = load_encoder(tmp_path / "model")
-    assert isinstance(loaded, SmallJointEncoder)
-    assert loaded.name == "stickers"
-    assert loaded.facts["steps"] == 40
+        assert late < 0.9 * early, name
+    assert 0 <= seen[-1]["validation/top1"] <= seen[-1]["validation/top5"] <= 1
+    assert (place / "out" / "previews" / "step-0000060.png").is_file()
+    loaded = load_encoder(place / "out" / "model")
+    assert isinstance(loaded, StickerJointEncoder)
+    assert loaded.facts["steps"] == 60
+    assert loaded.facts["run"]["losses"]["pool"] == 12
 
 
-def test_a_fitted_head_keeps_the_tower_and_puts_captions_where_their_pictures_lie(pairs: CaptionedImages) -> None:
-    encoder = SmallJointEncoder(tiny_encoder().network, tiny_sentences(max_tokens=100))
-    made = SmallJointEncoder(fitted(encoder.network, pairs), encoder.sentences)
-    vectors = made.encode_arrays(np.asarray(pairs.pixels))
-    np.testing.assert_array_equal(vectors, encoder.encode_arrays(np.asarray(pairs.pixels)))
-    sentences = torch.from_numpy(pairs.sentences[pairs.caption_rows[:, 0]].astype(np.float32))
-
-    def agreement(network: SmallEncoder) -> float:
-        with torch.no_grad():
-            texts = network.embed_texts(sentences).numpy()
-        center = vectors.mean(0)
-        return float(((vectors - center) * (texts - center)).sum(1).mean())
-
-    assert made.network.config.anchors > 3
-    assert agreement(made.network) > 2 * max(agreement(encoder.network), 0.001)
-    again = fitted(made.network, pairs)
-    assert torch.equal(again.text_head.weight, made.network.text_head.weight)
+def test_a_run_goes_on_in_slices_to_the_same_weights(
+    folder: Path, trained: tuple[Path, list[dict[str, float]]]
+) -> None:
+    place, _ = trained
+    run = replace(tiny_run(2), text_tower=str(place / "text"))
+    whole = train_encoder(run, [folder], RunOptions(output=place / "whole", device="cpu"))
+    options = RunOptions(output=place / "slices", device="cpu")
+    first = train_encoder(run, [folder], replace(options, max_minutes=0.0))
+    second = train_encoder(run, [folder], replace(options, resume=True))
+    assert (first.step, first.finished, second.step, second.finished) == (1, False, 2, True)
+    assert whole.finished
+    weights = [(place / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "slices")]
+    assert weights[0] == weights[1]
 
 
-def test_a_remembered_caption_lies_at_the_mean_of_its_pictures(pairs: CaptionedImages) -> None:
-    made = fitted(tiny_encoder().network, pairs)
-    assert made.memory is not None
-    plain = pairs.caption_rows[:, 0]
-    row = int(np.bincount(plain).argmax())
-    places = tiny_encoder().encode_arrays(np.asarray(pairs.pixels))
-    expected = places[plain == row].mean(0) - places.mean(0)
-    compared = made.memory.compared(torch.from_numpy(pairs.sentences[row : row + 1].astype(np.float32)))
-    slot = int((made.memory.keys @ compared[0]).argmax())
-    np.testing.assert_allclose(made.memory.places[slot].numpy(), expected, atol=2e-2)
+def test_a_run_does_not_go_on_with_other_captions(
+    folder: Path, trained: tuple[Path, list[dict[str, float]]], tmp_path: Path
+) -> None:
+    place, _ = trained
+    lines = (folder / "captions.jsonl").read_text().replace("red dog", "red cat").splitlines()
+    entries = [json.loads(line) for line in lines]
+    for entry in entries:
+        entry["file"] = str(folder / entry["file"])
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    run = replace(tiny_run(), text_tower=str(place / "text"))
+    with pytest.raises(UsageError, match="not the same: resume with the --images of before"):
+        train_encoder(run, [tmp_path], RunOptions(output=place / "out", device="cpu", resume=True))
 
 
-@pytest.mark.parametrize("looks", [0, 5])
-def test_captions_that_no_two_pictures_share_leave_the_head_as_it_was(pairs: CaptionedImages, looks: int) -> None:
-    rows = np.arange(len(pairs) * 2, dtype=np.int32).reshape(-1, 2)
-    network = tiny_encoder().network
-    made = fitted(network, replace(pairs, caption_rows=rows), looks)
-    sentences = torch.from_numpy(pairs.sentences[:9].astype(np.float32))
-    with torch.no_grad():
-        texts, before = made.embed_texts(sentences), network.embed_texts(sentences)
-    torch.testing.assert_close(texts[:, : network.config.dim], before)
-    assert not texts[:, network.config.dim :].any()
+def test_the_first_weights_are_the_backbones_or_those_of_another_encoder(
+    pictures: CaptionedPictures, tmp_path: Path
+) -> None:
+    run = tiny_run()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        backbone = EfficientNet(run.encoder.backbone)
+    save_backbone(tmp_path / "backbone", backbone, {})
+    network = first_network(replace(run, backbone=str(tmp_path / "backbone")), pictures, None)
+    assert torch.equal(network.backbone.stem.weight, backbone.stem.weight)
+    assert not torch.equal(first_network(run, pictures, None).backbone.stem.weight, backbone.stem.weight)
+    save_encoder(StickerJointEncoder(network, tiny_sentences()), tmp_path / "model" / "encoder")
+    (tmp_path / "model" / "pipeline.json").write_text("{}")
+    for init in (tmp_path / "model", tmp_path / "model" / "encoder"):
+        begun = first_network(run, pictures, init)
+        assert torch.equal(begun.text_head.weight, network.text_head.weight.half().float())
+    with pytest.raises(CheckpointError, match="of another size"):
+        first_network(replace(run, encoder=replace(run.encoder, dim=9)), pictures, tmp_path / "model")
 
 
-def test_looks_are_the_principal_components_of_the_thumbnails(pairs: CaptionedImages) -> None:
-    network, pixels = tiny_encoder().network, np.asarray(pairs.pixels)
-    made = SmallJointEncoder(fitted(network, pairs, looks=7), tiny_sentences(max_tokens=100))
-    meaning = network.config.dim
-    assert made.dim == meaning + 7
-    vectors = made.encode_arrays(pixels)
-    np.testing.assert_allclose(np.linalg.norm(vectors[:, meaning:], axis=1), 0.5**0.5, atol=1e-5)
-    alone = SmallJointEncoder(network, made.sentences).encode_arrays(pixels)
-    np.testing.assert_allclose(vectors[:, :meaning], alone * 0.5**0.5, atol=1e-6)
-
-    step = pixels.shape[1] // network.config.looks_side
-    blocks = pixels.reshape(len(pixels), -1, step, pixels.shape[2] // step, step, 3) / 127.5 - 1
-    small = blocks.mean((2, 4)).transpose(0, 3, 1, 2).reshape(len(pixels), -1)
-    centered = small - small.mean(0)
-    _, sizes, rows = np.linalg.svd(centered, full_matrices=False)
-    variances = sizes**2 / len(pixels)
-    expected = centered @ rows[:7].T / np.sqrt(variances[:7] + 1e-4 * variances.sum())
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    found = vectors[:, meaning:] / 0.5**0.5
-    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=2e-3)  # a component's sign is free
-
-
-def test_looks_that_could_not_be_fitted_are_refused_before_anything_is_trained() -> None:
-    with pytest.raises(ConfigError, match="looks must be from 0 to 768, got 1000"):
-        replace(EncoderRun(), looks=1000)
-    with pytest.raises(ConfigError, match=r"encoder\.looks must be 0, they are fitted afterwards"):
-        replace(EncoderRun(), encoder=SmallEncoderConfig(looks=8))
-
-
-def test_looks_can_be_fitted_again_and_taken_away(pairs: CaptionedImages) -> None:
-    made = fitted(tiny_encoder().network, pairs, looks=7)
-    assert torch.equal(fitted(made, pairs, looks=7).text_head.weight, made.text_head.weight)
-    assert torch.equal(fitted(made, pairs).text_head.weight, fitted(tiny_encoder().network, pairs).text_head.weight)
-
-
-def test_the_same_seed_gives_the_same_first_weights(benchmark: EncoderBenchmark) -> None:
+def test_the_same_seed_gives_the_same_first_weights(pictures: CaptionedPictures) -> None:
     def weights(seed: int) -> torch.Tensor:
-        made = EncoderObjective(tiny_run(seed), tiny_sentences(max_tokens=100), benchmark)
-        return made.small.image_tower.head.weight
+        run = tiny_run()
+        return first_network(replace(run, training=replace(run.training, seed=seed)), pictures, None).meaning.weight
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
 
 
-def test_the_probe_reads_looks_where_they_are_and_nothing_from_noise() -> None:
-    rng = np.random.default_rng(0)
-    pixels = np.repeat(np.repeat(rng.integers(0, 256, (800, 2, 2, 3), np.uint8), 8, 1), 8, 2)
-    told = pixels[:, ::8, ::8].reshape(800, -1).astype(np.float32)
-    assert looks_probe(told / np.linalg.norm(told, axis=1, keepdims=True), pixels)["looks_r2_new"] > 0.8
-    assert looks_probe(rng.normal(size=(800, 12)).astype(np.float32), pixels)["looks_r2"] < 0.1
+class _Telling(StickerJointEncoder):
+    """Places pictures and texts where the test says."""
+
+    def __init__(self, pictures: np.ndarray, texts: np.ndarray) -> None:
+        self._pictures, self._texts = pictures.astype(np.float32), texts.astype(np.float32)
+
+    def encode_arrays(self, arrays: np.ndarray) -> np.ndarray:
+        return self._pictures[: len(arrays)]
+
+    def encode_texts(self, texts: object) -> np.ndarray:
+        return self._texts
 
 
-def test_the_benchmark_shows_each_concept_once_and_the_probes_halves_share_none(benchmark: EncoderBenchmark) -> None:
-    assert len(benchmark.gallery) == len(benchmark.names) == len(set(benchmark.names))
-    assert len(benchmark.probe) == 40
+def test_the_validation_counts_captions_that_find_what_they_name_in_all_and_in_each_family() -> None:
+    groups = np.array([0, 1, 0, 1])
+    judged = EncoderValidation(
+        pictures=np.zeros((4, 16, 16, 3), np.uint8),
+        captions=["dog", "cat", "dog", "cat"],
+        groups=groups,
+        families=["a", "a", "b", "b"],
+    )
+    places = np.eye(2)[groups]
+    perfect = judged.judge(_Telling(places, places))
+    assert perfect == dict.fromkeys(("top1", "top5", "top1/a", "top5/a", "top1/b", "top5/b"), 1.0)
+    confused = judged.judge(_Telling(places, places[[1, 0, 2, 3]]))
+    assert (confused["top1"], confused["top1/a"], confused["top1/b"]) == (0.5, 0.0, 1.0)
+    assert confused["top5"] == 1.0
 
 
-def captioned_folder(folder: Path) -> Path:
-    folder.mkdir()
-    lines = []
-    for number, caption in enumerate(["a red dog", "cat", "cat", "a blue heart"]):
-        Image.new("RGB", (20, 24), (50 * number, 90, 200)).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file": f"{number}.png", "caption": caption}))
-    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+def test_pictures_set_aside_are_validated_as_the_encoder_reads_them(pictures: CaptionedPictures, folder: Path) -> None:
+    found = read_captioned([folder])
+    judged = validation_of(pictures, found)
+    rows = sorted(set(range(len(found))) - set(pictures.trained.tolist()))
+    assert list(judged.captions) == [found[row].captions[0] for row in rows]
+    assert judged.pictures.shape == (len(rows), 16, 16, 3)
+    assert (judged.pictures[:, 0, 0] == 191).all()
 
 
-def test_a_folder_with_captions_trains_an_encoder_in_resumable_slices(tmp_path: Path) -> None:
-    folder = captioned_folder(tmp_path / "pictures")
-    save_text_tower(tmp_path / "text", tiny_sentences(max_tokens=100))
-    training = replace(tiny_run().training, num_steps=2, batch_size=4)
-    run = replace(tiny_run(), training=training, text_tower=str(tmp_path / "text"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "knn_diffusion.training.encoder.sticker_benchmark", lambda size: sticker_benchmark(size, GLYPHS, 40)
-        )
-        options = RunOptions(output=tmp_path / "out", device="cpu")
-        first = train_encoder(run, [folder], replace(options, max_minutes=0.0))
-        second = train_encoder(run, [folder], replace(options, resume=True))
-    assert (first.step, first.finished, second.step, second.finished) == (1, False, 2, True)
-    assert {"fitted/name_top1", "validation/name_top1"} <= set(second.metrics)
-    assert load_encoder(tmp_path / "out" / "model").facts["run"]["scenes"] == 24_000  # type: ignore[attr-defined]
-
-
-def test_the_same_caption_is_also_true_of_its_other_pictures(tmp_path: Path) -> None:
-    folder = captioned_folder(tmp_path / "pictures")
-    made = folder_pairs([folder], tiny_sentences(), tmp_path / "cache", size=16, report=None)
-    batch = made.batch(torch.arange(4), torch.Generator().manual_seed(0))
-    assert batch["also_true"].tolist()[1] == [False, True, True, False]
+def test_without_pictures_set_aside_there_is_nothing_to_judge() -> None:
+    nothing = EncoderValidation(
+        pictures=np.empty((0, 16, 16, 3), np.uint8), captions=[], groups=np.empty(0, int), families=[]
+    )
+    assert nothing.judge(_Telling(np.empty((0, 2)), np.empty((0, 2)))) == {}
+    assert nothing.preview(_Telling(np.empty((0, 2)), np.empty((0, 2)))) is None
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "expected a folder with captions.jsonl"), ("", "has none"), ('{"file": "a.png"}\n', "in line 1 of")],
+    ("config", "wrong"),
+    [
+        (ContrastConfig, {"pool": 0}),
+        (ContrastConfig, {"first_scale": 99.0}),
+        (ViewConfig, {"shrink": 0.9}),
+        (ViewConfig, {"faded": 2.0}),
+    ],
 )
-def test_a_folder_without_usable_captions_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "captions.jsonl").write_text(content)
-    with pytest.raises(UsageError, match=message):
-        folder_pairs([tmp_path], tiny_sentences(), tmp_path / "cache", size=16, report=None)
-
-
-def test_a_run_whose_thumbnail_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"losses.thumbnail must be a divisor of encoder.size 64"):
-        EncoderRun(losses=EncoderLossConfig(thumbnail=24))
+def test_impossible_settings_are_refused(config: type, wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        config(**wrong)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from knn_diffusion.models.efficientnet import EfficientNetConfig, Stage
 from knn_diffusion.models.encoders import SmallJointEncoder
 from knn_diffusion.models.small_encoder import SmallEncoder, SmallEncoderConfig
+from knn_diffusion.models.sticker_encoder import StickerEncoder, StickerEncoderConfig, StickerJointEncoder
 from knn_diffusion.models.text_tower import SentenceEncoder, TextTower, TextTowerConfig
 
 WORDS = [
@@ -74,3 +76,15 @@ def tiny_encoder(seed: int = 0) -> SmallJointEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SmallJointEncoder(SmallEncoder(tiny_config()), tiny_sentences(seed), "tiny")
+
+
+def tiny_sticker_config() -> StickerEncoderConfig:
+    stages = (Stage(width=8, blocks=1, kernel=3, stride=1, expand=1), Stage(width=8, blocks=2, kernel=5, stride=2))
+    backbone = EfficientNetConfig(stem_width=8, stages=stages, width=16)
+    return StickerEncoderConfig(backbone=backbone, size=16, dim=8, place_width=4, text_width=16)
+
+
+def tiny_sticker_encoder(seed: int = 0) -> StickerJointEncoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return StickerJointEncoder(StickerEncoder(tiny_sticker_config()), tiny_sentences(seed), "tiny")

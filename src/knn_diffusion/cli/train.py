@@ -69,14 +69,15 @@ def encoder(
 ) -> None:
     """Train the joint text-image encoder on captioned pictures; it alone reads captions, as CLIP did.
 
-    Example: knn-diffusion train encoder --preset stickers --output runs/encoder --max-minutes 9
+    Example: knn-diffusion train encoder --preset stickers --images data/encoder --set backbone=runs/backbone --output runs/encoder
     """
     from knn_diffusion.presets import ENCODERS
     from knn_diffusion.training.encoder import train_encoder
 
+    sources = _required(images)
     run = chosen_run("encoder", ENCODERS, preset=preset, file=config, changes=changes, init=init)
     with _watched("encoder", output, resume=resume, max_minutes=max_minutes, device=device) as options:
-        result = train_encoder(run, images or [], options, init=init)
+        result = train_encoder(run, sources, options, init=init)
     _report("encoder", output, result, as_json)
 
 

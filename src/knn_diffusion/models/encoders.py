@@ -34,11 +34,13 @@ from knn_diffusion.errors import CheckpointError, UsageError
 from knn_diffusion.hub import is_hub_id
 from knn_diffusion.models.fixed_batches import in_fixed_batches
 from knn_diffusion.models.small_encoder import SmallEncoder, SmallEncoderConfig
+from knn_diffusion.models.sticker_encoder import StickerEncoder, StickerEncoderConfig, StickerJointEncoder
 from knn_diffusion.models.text_tower import SentenceEncoder, load_text_tower, save_text_tower
 from knn_diffusion.models.transformers_encoder import TransformersEncoder, fetch_encoder, load_transformers_encoder
 from knn_diffusion.shapes import Embeddings
 
 KIND = "small-encoder"
+STICKER_KIND = "sticker-encoder"
 TEXT_FOLDER = "text"
 BUNDLES = Path(__file__).parent.parent / "bundles"
 
@@ -148,9 +150,10 @@ def load_encoder(name_or_dir: str | Path, *, network: bool = False, revision: st
                 f"expected an encoder ({known}), a folder or owner/name on the hub, got {name!r}: check the name"
             )
         folder = fetch_encoder(name, network=network, revision=revision)
-    if (folder / CONFIG_FILE).is_file() and "model_type" in read_facts(folder / CONFIG_FILE):
+    facts = read_facts(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if "model_type" in facts:
         return load_transformers_encoder(folder, name)
-    return load_small_encoder(folder)
+    return load_small_encoder(folder) if facts.get("kind") == KIND else load_sticker_encoder(folder)
 
 
 def load_small_encoder(folder: Path) -> SmallJointEncoder:
@@ -165,12 +168,31 @@ def load_small_encoder(folder: Path) -> SmallJointEncoder:
     return SmallJointEncoder(network, load_text_tower(folder / TEXT_FOLDER), facts.pop("name", folder.name), facts)
 
 
+def load_sticker_encoder(folder: Path) -> StickerJointEncoder:
+    """Read a sticker encoder that `save_encoder` or the training wrote.
+
+    Raises: CheckpointError when a part of it is missing, damaged or of another kind.
+    """
+    part = load_part(folder, kind=STICKER_KIND, config_class=StickerEncoderConfig)
+    with torch.random.fork_rng(devices=[]):  # building draws first weights from the global generator
+        network = StickerEncoder(part.config)
+    apply_weights(network, part.weights, str(folder))
+    facts = dict(part.extra)
+    return StickerJointEncoder(network, load_text_tower(folder / TEXT_FOLDER), facts.pop("name", folder.name), facts)
+
+
 def save_encoder(encoder: JointEncoder, folder: Path) -> None:
     """Write an encoder so that `load_encoder(folder)` gives one with the same fingerprint.
 
     Raises: UsageError when it is an encoder of another making.
     """
-    if isinstance(encoder, SmallJointEncoder):
+    if isinstance(encoder, StickerJointEncoder):
+        weights = {name: value.half() for name, value in encoder.network.state_dict().items()}
+        extra = {"name": encoder.name, **encoder.facts}
+        with atomic_folder(folder) as temporary:
+            save_part(temporary, kind=STICKER_KIND, config=encoder.network.config, weights=weights, extra=extra)
+            save_text_tower(temporary / TEXT_FOLDER, encoder.sentences)
+    elif isinstance(encoder, SmallJointEncoder):
         save_small_encoder(folder, encoder.network, encoder.sentences, {"name": encoder.name, **encoder.facts})
     elif isinstance(encoder, TransformersEncoder):
         with atomic_folder(folder) as temporary:

@@ -1,9 +1,7 @@
-"""The small joint text-image encoder: a convolutional image tower, and a light head on a frozen sentence encoder.
+"""The small joint text-image encoder of the first bundled model: a convolutional tower, and a light head on a frozen sentence encoder.
 
-It plays the part of CLIP (Radford et al. 2021) where CLIP cannot be had. A contrastive loss alone would let an image
-vector forget what the image looks like, and a generator that sees only that vector could not draw what it never saw. So
-the space carries looks as well as meaning, in two ways: during training a small painter must redraw a thumbnail from the
-tower's vector, and afterwards a second half is added that holds the picture's principal components.
+It is read, no longer trained; `models.sticker_encoder` took its place. Its space carries looks as well as meaning: the second half of a
+vector holds the picture's principal components.
 """
 
 from __future__ import annotations
@@ -12,8 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from knn_diffusion.config import config, require
@@ -188,9 +185,7 @@ class CaptionMemory(nn.Module):
 
 
 class SmallEncoder(nn.Module):
-    """Image tower and text head. The head is linear while the tower learns; afterwards it is fitted to the images, and
-    the looks are added.
-    """
+    """Image tower, looks, and text head with its memory of captions."""
 
     def __init__(self, cfg: SmallEncoderConfig) -> None:
         super().__init__()
@@ -213,58 +208,3 @@ class SmallEncoder(nn.Module):
         if self.memory is not None:
             vectors = vectors + self.memory(sentences.float())
         return F.normalize(vectors, dim=-1)
-
-
-class Painter(nn.Module):
-    """Redraws a thumbnail from a unit vector. Exists during training only."""
-
-    def __init__(self, dim: int, side: int, width: int = 64) -> None:
-        super().__init__()
-        require(side % 4 == 0, "thumbnail side", side, "a multiple of 4")
-        self.side, self.width = side, width
-        self.spread = nn.Linear(dim, width * (side // 4) ** 2)
-        self.paint = nn.Sequential(
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.PixelShuffle(2),
-            nn.SiLU(),
-            nn.Conv2d(width // 4, 12, 3, padding=1),
-            nn.PixelShuffle(2),
-        )
-
-    def forward(self, vectors: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 3 side side"]:
-        """Thumbnails in [-1, 1] or slightly beyond, float32."""
-        spread = self.spread(vectors * math.sqrt(vectors.shape[1]))
-        grid = rearrange(spread, "b (c h w) -> b c h w", h=self.side // 4, w=self.side // 4)
-        return self.paint(grid).float()
-
-
-def contrastive_loss(
-    images: Float[Tensor, "batch dim"],
-    texts: Float[Tensor, "batch dim"],
-    scale: Float[Tensor, ""],
-    also_true: Bool[Tensor, "batch batch"],
-) -> Float[Tensor, ""]:
-    """Symmetric cross-entropy between images and captions (Radford et al. 2021, Fig. 3), in nats.
-
-    Args:
-        scale: inverse temperature.
-        also_true: [i, j] where text j describes image i too without being its own caption; neither pulled nor pushed.
-    """
-    logits = scale * images @ texts.T
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    logits = logits.masked_fill(also_true & ~own, -torch.inf)
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def looks_loss(
-    painted: Float[Tensor, "batch 3 side side"], thumbnail: Float[Tensor, "batch 3 side side"]
-) -> Float[Tensor, ""]:
-    """Mean squared error of the colours plus that of their differences between neighboring pixels.
-
-    The second part is where shapes are: without it a plain backdrop takes all the attention.
-    """
-    error = painted - thumbnail
-    edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
-    return error.square().mean() + edges

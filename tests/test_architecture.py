@@ -70,6 +70,7 @@ OPTIONAL = (
     "pandas",
     "pymilvus",
     "ray",
+    "vtracer",
     "faiss",
     "rich",
     "resvg_py",

@@ -22,7 +22,6 @@ from tiny_world import SIZE, build_model, draw_pictures, same_pixels
 from knn_diffusion import ImageIndex, KnnDiffusion, cli
 from knn_diffusion.cli import app, main, spread_values
 from knn_diffusion.cli.configuration import chosen_run, merged, parse_changes
-from knn_diffusion.cli.draw import slug
 from knn_diffusion.cli.terminal import answer, progress, shown
 from knn_diffusion.cli.train import _watched
 from knn_diffusion.doctor import _package, within
@@ -127,23 +126,6 @@ def test_images_carry_the_settings_that_draw_them_again(run: Any, model: Path, t
     assert "Seed: 6" in parameters
 
 
-def test_without_output_the_next_free_folder_is_used(
-    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        assert run("generate", "a cat", "--model", model).code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"output", "output-2"}
-
-
-def test_an_output_with_files_is_wrong_use_and_stays(run: Any, model: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    for command in (["generate", "a cat"], ["edit", tmp_path / "x.png", "a cat"]):
-        fails(run(*command, "--model", model, "--output", tmp_path / "out"), 2, "expected a new or empty folder")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
-
-
 def test_edit_writes_images_and_strength_0_keeps_the_pixels(
     run: Any, model: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +158,12 @@ def test_edit_writes_images_and_strength_0_keeps_the_pixels(
         (["train", "tokenizer", "--preset", "stickers-cpu", "--output", "run"], 2, "add --images"),
         (["train", "denoiser", "--init", "stickers", "--index", "i", "--output", "run"], 2, "add --images"),
         (["generate", "a cat", "--colour"], 2, "--colour"),
+        (["generate", "a cat", "--size", "8"], 2, "expected size from 16 to 4096"),
+        (["generate", "a cat", "--format", "gif"], 2, "expected format as one of png, webp, svg"),
+        (["generate", "a cat", "--background", "blurple"], 2, "a CSS colour name or #rrggbb"),
+        (["generate", "a cat", "--background", "teal"], 2, "expected drawings with transparency"),
+        (["generate", "a cat", "--border-width", "0.5"], 2, "expected a border from 0 to 0.2"),
+        (["edit", "no-such.png", "a cat", "--resampler", "cubic"], 2, "expected resampler as one of"),
         (["generate", "a cat", "--exclude", "nosuch"], 2, "expected the id of an image in"),
         (["generate", "a cat", "--device", "tpu"], 2, "(auto, cpu, cuda, mps), got 'tpu': use --device auto"),
     ],
@@ -636,13 +624,6 @@ def test_a_training_configuration_must_be_named_once() -> None:
         chosen_run("denoiser", DENOISERS, **named | {"file": Path("x.toml")})
     with pytest.raises(UsageError, match="got none"):
         chosen_run("denoiser", DENOISERS, **named | {"preset": None})
-
-
-def test_slugs_are_file_names() -> None:
-    assert slug("A red heart!") == "a-red-heart"
-    assert slug("../../etc/passwd") == "etc-passwd"
-    assert slug("♥") == "prompt"
-    assert len(slug("word " * 50)) <= 40
 
 
 def fresh(code: str) -> str:

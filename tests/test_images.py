@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import os
 import random
 import struct
@@ -23,7 +22,7 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from knn_diffusion import images
-from knn_diffusion.errors import ImageError, KnnDiffusionError, MissingDependencyError, UsageError
+from knn_diffusion.errors import ImageError, MissingDependencyError, UsageError
 
 TRANSPOSED = {
     1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.transpose(1, 0, 2),
@@ -492,98 +491,6 @@ def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path: Path, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(MissingDependencyError, match=r"pip install knn-diffusion\[parquet\]"):
         images.find_images([tmp_path])
-
-
-SETTINGS = {
-    "prompt": "a teal pineapple ☃\nsecond line", "seed": 5, "steps": 16, "sampler": "halton", "guidance_scale": 8.0,
-    "model": "stickers", "k": 10, "neighbors": [{"id": "a", "score": 0.5}],
-}  # fmt: skip
-
-
-def test_saved_images_hold_their_settings_as_text_and_as_json(tmp_path: Path) -> None:
-    path = tmp_path / "out.png"
-    images.save_png(Image.fromarray(picture()), path, SETTINGS)
-    with Image.open(path) as stored:
-        lines = stored.text["parameters"].splitlines()
-        assert json.loads(stored.text["knn_diffusion"]) == SETTINGS
-    assert lines == [
-        "a teal pineapple ☃",
-        "second line",
-        "Steps: 16, Sampler: halton, CFG scale: 8.0, Seed: 5, Model: stickers, K: 10",
-    ]
-    assert images.read_settings(path) == SETTINGS
-    assert np.array_equal(np.asarray(images.open_image(path)), picture())
-
-
-def test_images_of_others_have_no_settings_and_broken_ones_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "plain.png").write_bytes(encoded(Image.fromarray(picture())))
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    assert images.read_settings(tmp_path / "plain.png") == {}
-    with pytest.raises(ImageError, match="expected an image with settings"):
-        images.read_settings(tmp_path / "broken.png")
-
-
-def test_prompts_with_odd_characters_can_be_saved(tmp_path: Path) -> None:
-    images.save_png(Image.fromarray(picture()), tmp_path / "odd.png", {"prompt": "nul \0 and \ud800 lone", "seed": 1})
-    assert images.read_settings(tmp_path / "odd.png")["prompt"] == "nul \0 and \ud800 lone"
-
-
-def test_a_full_disk_leaves_the_old_image_and_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "out.png"
-    images.save_png(Image.fromarray(picture()), path, {"seed": 1})
-    before = path.read_bytes()
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(KnnDiffusionError) as caught:
-        images.save_png(Image.fromarray(picture()), path, {"seed": 2})
-    assert "\n" not in str(caught.value)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_grid_places_pictures_row_by_row_with_labels_below() -> None:
-    colours = ["red", "lime", "blue"]
-    sheet = images.grid([Image.new("RGB", (8, 8), colour) for colour in colours], columns=2, cell=16)
-    assert sheet.size == (2 * 20 + 4, 2 * 20 + 4)
-    for colour, place in zip([(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(12, 12), (32, 12), (12, 32)], strict=True):
-        assert sheet.getpixel(place) == colour
-    assert sheet.getpixel((32, 32)) == (255, 255, 255)
-    labelled = images.grid(
-        [Image.new("RGB", (8, 8), "red")], columns=1, cell=64, labels=["a teal pineapple on a white background"]
-    )
-    assert labelled.width == 72
-    assert (np.asarray(labelled)[72:].min(axis=-1) < 128).any()
-
-
-def test_small_pictures_are_enlarged_without_blur_and_others_keep_their_shape() -> None:
-    checks = Image.fromarray((np.indices((4, 4)).sum(axis=0) % 2 * 255).astype(np.uint8))
-    sheet = np.asarray(images.grid([checks], columns=1, cell=16))[4:20, 4:20]
-    assert set(np.unique(sheet)) == {0, 255}
-    wide = np.asarray(images.grid([Image.new("RGB", (40, 10), "black")], columns=1, cell=20))[4:24, 4:24, 0]
-    assert ((wide < 20).sum(axis=0) == 5).all()
-
-
-def test_transparent_pictures_lie_on_a_light_checkerboard() -> None:
-    half = Image.new("RGBA", (32, 32), (255, 255, 255, 255))
-    half.paste((200, 0, 0, 0), (0, 0, 32, 16))
-    sheet = np.asarray(images.grid([half], columns=1, cell=32))[4:36, 4:36]
-    assert set(np.unique(sheet[:16])) == {225, 255}
-    assert (sheet[0, :8] == 255).all()
-    assert (sheet[0, 8:16] == 225).all()
-    assert (sheet[8:16, :8] == 225).all()
-    assert (sheet[16:] == 255).all()
-
-
-def test_a_grid_of_nothing_or_of_unmatched_labels_is_wrong_use() -> None:
-    with pytest.raises(UsageError, match="expected images, columns and a cell size"):
-        images.grid([], columns=2, cell=8)
-    with pytest.raises(UsageError, match="one label for each of 1 images, got 2"):
-        images.grid([Image.new("RGB", (2, 2))], columns=1, cell=8, labels=["a", "b"])
 
 
 @pytest.mark.parametrize("side", [8, 11, 64, 100, 127, 128, 300, 515])

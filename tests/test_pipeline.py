@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_world import SIZE, STEPS, build_model, draw_pictures, same_pixels
+from tiny_world import SIZE, STEPS, TransparentTokenizer, build_model, draw_pictures, same_pixels
 
 from knn_diffusion import ImageIndex, KnnDiffusion
 from knn_diffusion.diffusion.plan import SamplerConfig
@@ -20,7 +21,7 @@ from knn_diffusion.errors import CheckpointError, FingerprintError, KnnDiffusion
 from knn_diffusion.images import open_image, square
 from knn_diffusion.model_folder import bundled_models, read_pipeline_file
 from knn_diffusion.pipeline import images_at_once
-from knn_diffusion.request import MAX_PROMPT_CHARACTERS, Passed, check_prompt, check_request
+from knn_diffusion.request import MAX_PROMPT_CHARACTERS, Output, Passed, check_prompt, check_request
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,46 @@ def test_the_callback_counts_over_all_images_and_can_cancel(pipe: KnnDiffusion) 
         pipe("a cat", callback=cancel)
 
 
+def test_each_image_is_delivered_before_the_next_is_begun(pipe: KnnDiffusion, pictures: Path) -> None:
+    told: list[object] = []
+
+    def deliver(number: int, output: Output) -> None:
+        told.append((number, pixels(output.images).tobytes(), output.seed, output.neighbors.ids))
+
+    def drawn(passed: Passed) -> None:
+        told.append(passed.numbers)
+
+    settings: Any = {"num_images_per_prompt": 3, "seed": 5, "on_image": deliver, "callback": drawn}
+    calls = (lambda: pipe("a cat", **settings), lambda: pipe.edit(pictures / "red-bar.png", "a hat", **settings))
+    for call in calls:
+        out = call()
+        delivered = [one for one in told if len(one) == 4]  # type: ignore[arg-type]
+        assert delivered == [(i, pixels([image]).tobytes(), 5, out.neighbors.ids) for i, image in enumerate(out.images)]
+        assert told.index(delivered[0]) < told.index((1,)) < told.index(delivered[1]) < told.index((2,))
+        told.clear()
+
+
+def test_an_edit_that_leaves_the_image_delivers_it_too(pipe: KnnDiffusion, pictures: Path) -> None:
+    told: list[int] = []
+    pipe.edit(
+        pictures / "red-bar.png", "a hat", 0.0, num_images_per_prompt=2, on_image=lambda number, _: told.append(number)
+    )
+    assert told == [0, 1]
+
+
+def test_a_tokenizer_with_alpha_draws_transparent_images(pipe: KnnDiffusion) -> None:
+    clear = KnnDiffusion(
+        replace(pipe.model, tokenizer=TransparentTokenizer(pipe.model.tokenizer)), pipe.index, device="cpu"
+    )
+    assert (clear.transparent, pipe.transparent) == (True, False)
+    (image,), (opaque,) = clear("a cat", seed=3).images, pipe("a cat", seed=3).images
+    assert (image.mode, opaque.mode) == ("RGBA", "RGB")
+    levels = np.asarray(image)
+    assert (levels[0] == 0).all()
+    assert (levels[2:-2, 2:-2, 3] == 255).all()
+    assert np.array_equal(levels[2:-2, 2:-2, :3], np.asarray(opaque)[2:-2, 2:-2])
+
+
 @pytest.mark.parametrize("prompt", ["", "   \n", "\u200b", None, 3])
 def test_an_empty_prompt_is_refused(pipe: KnnDiffusion, prompt: Any) -> None:
     with pytest.raises(UsageError, match="describe the picture in words"):
@@ -284,8 +325,6 @@ def test_a_saved_model_draws_the_same_pixels(pipe: KnnDiffusion, tmp_path: Path)
 
 
 def test_a_model_made_in_memory_is_saved_whole(pipe: KnnDiffusion, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     fresh = KnnDiffusion(replace(pipe.model, folder=None), pipe.index, device="cpu")
     again = KnnDiffusion.from_pretrained(fresh.save_pretrained(tmp_path / "fresh"), device="cpu")
     assert same_pixels(again("a cat").images[0], pipe("a cat").images[0])

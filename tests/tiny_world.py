@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,3 +122,27 @@ def build_model(folder: Path, pictures: Path | None = None, seed: int = 0, **opt
 def same_pixels(one: Image.Image, other: Image.Image) -> bool:
     """Whether two pictures are equal in every pixel."""
     return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+class TransparentTokenizer:
+    """A tokenizer whose drawings have alpha: 1 in the middle, 0 in a frame of two pixels."""
+
+    alpha = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._opaque = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opaque, name)
+
+    def __deepcopy__(self, memo: Any) -> TransparentTokenizer:
+        return self
+
+    def to(self, device: torch.device) -> TransparentTokenizer:
+        return self
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        pixels = self._opaque.decode(tokens)
+        alpha = torch.full_like(pixels[:, :1], -1)
+        alpha[..., 2:-2, 2:-2] = 1
+        return torch.cat([pixels * (alpha + 1) / 2, alpha], dim=1)

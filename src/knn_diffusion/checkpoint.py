@@ -180,6 +180,26 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def write_new_bytes(path: Path, content: bytes) -> bool:
+    """Write a file whole under a name that is free; False where the name is taken, by this process or another.
+
+    Raises: KnnDiffusionError when the disk is full or not writable; then the name is free again.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _write_error(path, error) from None
+    try:
+        atomic_write_bytes(path, content)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` for others to write, which takes its place when the block ends without an error.

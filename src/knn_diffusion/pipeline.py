@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, Unpack, overload
 
@@ -70,6 +70,9 @@ PLACES_AT_ONCE = {"cuda": 2048}
 
 Begin = tuple[Int[Tensor, "1 seq"], int]
 """Where an edit starts: the clean tokens of the reference, and the step they are noised to."""
+
+Deliver = Callable[[int, Sequence[Image.Image]], None]
+"""Takes the images of a batch and the number of the first."""
 
 
 class Retrieved(NamedTuple):
@@ -192,6 +195,11 @@ class KnnDiffusion:
         self._index = index
 
     @property
+    def transparent(self) -> bool:
+        """True if drawings have transparency."""
+        return self.model.tokenizer.alpha
+
+    @property
     def image_size(self) -> int:
         """Side of the square images, in pixels."""
         return self.model.tokenizer.config.image_size
@@ -239,8 +247,8 @@ class KnnDiffusion:
         """Algorithm 2."""
         started = time.monotonic()
         found = self.retrieve(prompt, request)
-        x_0 = self.draw(found.condition, range(request.num_images), request)
-        return self._output(prompt, self.decode(x_0), found, request, started)
+        output = partial(self._output, prompt, found, request, started)
+        return output(self._images(found.condition, request, _deliverer(request, output)))
 
     @own_defaults()
     @_memory_told
@@ -269,14 +277,16 @@ class KnnDiffusion:
             condition = replace_first_neighbor(condition, self._embed_image(reference), x_0.cpu())
         trained = self.model.schedule.num_steps
         start_step = round(strength * trained)
+        output = partial(self._output, prompt, found, request, started)
+        deliver = _deliverer(request, output)
         images = [reference.copy() for _ in range(request.num_images)]
-        if start_step > 0:
+        if start_step == 0:
+            deliver(0, images)
+        else:
             share = replace(request.sampler, num_steps=max(1, round(request.sampler.num_steps * start_step / trained)))
             begin = (x_0, start_step) if start_step < trained else None
-            images = self.decode(
-                self.draw(condition, range(request.num_images), replace(request, sampler=share), begin)
-            )
-        return self._output(prompt, images, found, request, started)
+            images = self._images(condition, replace(request, sampler=share), deliver, begin)
+        return output(images)
 
     @own_defaults()
     def retrieve(self, prompt: str, request: Request) -> Retrieved:
@@ -319,29 +329,49 @@ class KnnDiffusion:
             return None, None
         return self.neighbor_tokens.read(neighbors.ids, self.model.denoiser.config.grid_neighbors, self.index.preview)
 
+    def _images(
+        self, condition: Condition, request: Request, deliver: Deliver, begin: Begin | None = None
+    ) -> list[Image.Image]:
+        """Draw and decode batch by batch, and deliver each before the next is begun."""
+        images: list[Image.Image] = []
+
+        def decoded(tokens: Tokens) -> None:
+            batch = self.decode(tokens)
+            deliver(len(images), batch)
+            images.extend(batch)
+
+        self.draw(condition, range(request.num_images), request, begin, drawn=decoded)
+        return images
+
     @own_defaults()
     @_memory_told
     @torch.inference_mode()
     def draw(
-        self, condition: Condition, numbers: Sequence[int], request: Request, begin: Begin | None = None
+        self,
+        condition: Condition,
+        numbers: Sequence[int],
+        request: Request,
+        begin: Begin | None = None,
+        drawn: Callable[[Tokens], None] | None = None,
     ) -> Tokens:
         """Algorithm 2, lines 5-10, for the images with these numbers, in batches of a fixed size.
 
         Args:
             condition: y, one row for all images or one row for each.
             begin: where to start instead of all [MASK].
+            drawn: called with the tokens of each batch as soon as it is drawn.
         """
-        drawn = []
+        tokens: list[Tokens] = []
         for first in range(0, len(numbers), self.micro_batch):
             batch = list(range(first, min(first + self.micro_batch, len(numbers))))
             padded = batch + batch[-1:] * (self.micro_batch - len(batch))  # always the same shapes
             generators = [generator_for(request.seed, numbers[i]) for i in padded]
             y = Condition.cat([_row(condition, i, numbers[i], request) for i in padded]).to(self.device)
-            tokens = self._chain(
-                y, generators, request, begin, _watch(request.callback, numbers, batch, self.micro_batch)
-            )
-            drawn.append(tokens[: len(batch)])
-        return torch.cat(drawn)
+            x_0 = self._chain(y, generators, request, begin, _watch(request.callback, numbers, batch, self.micro_batch))
+            tokens.append(x_0[: len(batch)])
+            if drawn is not None:
+                drawn(tokens[-1])
+        return torch.cat(tokens)
 
     def _chain(
         self,
@@ -446,7 +476,7 @@ class KnnDiffusion:
         return torch.from_numpy(self.model.encoder.encode_images([image]))
 
     def _output(
-        self, prompt: str, images: list[Image.Image], found: Retrieved, request: Request, started: float
+        self, prompt: str, found: Retrieved, request: Request, started: float, images: list[Image.Image]
     ) -> Output:
         grids = found.condition.grids_present
         return Output(
@@ -485,6 +515,17 @@ def _row(condition: Condition, place: int, number: int, request: Request) -> Con
     """y of the image with this number, which stands at this place of those to be drawn."""
     row = condition if len(condition.y) == 1 else condition.select([place])
     return led_in_turn(row, number) if request.lead == "rotate" else row
+
+
+def _deliverer(request: Request, output: Callable[[list[Image.Image]], Output]) -> Deliver:
+    """Hand each image of a batch to the request's `on_image`, as an output of its own."""
+
+    def deliver(first: int, images: Sequence[Image.Image]) -> None:
+        if request.on_image is not None:
+            for number, image in enumerate(images, first):
+                request.on_image(number, output([image]))
+
+    return deliver
 
 
 def _watch(

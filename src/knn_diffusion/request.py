@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
 
 from PIL import Image
 
@@ -13,6 +15,7 @@ from knn_diffusion.diffusion.conditioning import MAX_QUERY_WEIGHT
 from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.diffusion.sampling import StepInfo
 from knn_diffusion.errors import ConfigError, UsageError
+from knn_diffusion.images import Finishing, NumberedFiles, check_finish, check_format, encode, finished, traced
 
 MAX_PROMPT_CHARACTERS = 1000
 MAX_IMAGES = 10_000
@@ -34,6 +37,8 @@ class Passed:
 
 
 Callback = Callable[[Passed], None]
+OnImage = Callable[[int, "Output"], None]
+"""Takes an image's number within the prompt, from 0, and an Output of it alone; it may raise to cancel."""
 
 
 class Settings(TypedDict, total=False):
@@ -63,6 +68,8 @@ class Settings(TypedDict, total=False):
     """Neighbors whose cosine to the first one is smaller are left out; 0 leaves none out, as in the paper."""
     callback: Callback
     """Called after each pass."""
+    on_image: OnImage
+    """Called with each image as soon as it is drawn, so that nothing is lost when a long request is stopped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +85,7 @@ class Request:
     callback: Callback | None
     lead: Lead = "first"
     agreement: float = 0.0
+    on_image: OnImage | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,14 +142,62 @@ class Output:
     """Of how many neighbors the pictures were read; 0 where the index keeps none as large as the model's. None for a model that does
     not read pictures."""
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, Any]:
         """All but the images, as plain values."""
         lists = {"neighbors": self.neighbors, "disagreeing": self.disagreeing}
         plain = ("prompt", "shortfall", "seed", "k", "steps", "guidance_scale", "sampler", "model", "seconds")
-        facts: dict[str, object] = {name: getattr(self, name) for name in (*plain, "lead", "agreement", "read")}
+        facts: dict[str, Any] = {name: getattr(self, name) for name in (*plain, "lead", "agreement", "read")}
         for name, neighbors in lists.items():
             facts[name] = [{"id": n.id, "score": n.score, "source": n.source} for n in neighbors]
         return facts
+
+    def settings(self, image: int) -> dict[str, Any]:
+        """What is kept inside the file of an image, which may be given to anybody: `facts`, and no folder of this machine."""
+        facts = self.facts()
+        for name in ("neighbors", "disagreeing"):
+            facts[name] = [{**neighbor, "source": source_name(neighbor["source"])} for neighbor in facts[name]]
+        return {**facts, "image": image}
+
+    def finished(self, **options: Unpack[Finishing]) -> list[Image.Image]:
+        """The images as stickers of any size, with ground, border and shadow; nothing is drawn anew, `images` stay.
+
+        Args: options: as listed in `images.Finishing`, for instance out.finished(size=512, border=True, background="teal").
+        Raises: UsageError for an option that cannot be carried out.
+        """
+        finish = check_finish(options)
+        return [finished(image, finish) for image in self.images]
+
+    def svg(self, **options: Unpack[Finishing]) -> list[str]:
+        """The images as SVG, traced, with their settings inside; options as for `finished`.
+
+        Raises: UsageError for an option that cannot be carried out; MissingDependencyError without vtracer.
+        """
+        finish = check_finish(options)
+        return [traced(image, finish, self.settings(i)) for i, image in enumerate(self.images)]
+
+    def save(self, folder: str | Path, file_format: str = "png", **options: Unpack[Finishing]) -> list[Path]:
+        """Write the images into a folder, under new names beside what is there, with their settings inside.
+
+        Args:
+            file_format: "png", "webp" (up to 512 pixels under 100 kB) or "svg" (traced by vtracer).
+            options: as for `finished`.
+        Returns: where they lie.
+        Raises: UsageError for an option that cannot be carried out; KnnDiffusionError when the disk is full or not writable;
+            MissingDependencyError for SVG without vtracer.
+        """
+        wanted, finish = check_format(file_format), check_finish(options)
+        files = NumberedFiles(Path(folder), self.prompt)
+        made = [
+            encode(image, self.settings(i), file_format=wanted, finish=finish) for i, image in enumerate(self.images)
+        ]
+        return [files.add(i, one.suffix, one.content) for i, one in enumerate(made)]
+
+
+def source_name(source: str) -> str:
+    """The name of a source without the folders it lies in; of a picture in a shard or table, the container's name too."""
+    place = source.partition("?")[0] if "://" in source else source
+    container, mark, member = place.partition("::")
+    return mark.join(re.split(r"[/\\]", part.rstrip("/\\"))[-1] for part in (container, member))
 
 
 def check_prompt(prompt: object) -> str:
@@ -203,6 +259,7 @@ def check_request(
         callback=given.get("callback"),  # type: ignore[arg-type]
         lead=_lead(given, reads_grids),
         agreement=least,
+        on_image=given.get("on_image"),  # type: ignore[arg-type]
     )
 
 

@@ -1,18 +1,18 @@
-"""`generate` and `edit`: prompts in, PNG files and one contact sheet out."""
+"""`generate` and `edit`: prompts in, images as files and one contact sheet out."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from knn_diffusion.cli.terminal import JsonOption, answer, new_folder, progress, say
+from knn_diffusion.cli.terminal import JsonOption, answer, growing_folder, progress, say
 from knn_diffusion.progress import Progress
 
 if TYPE_CHECKING:
+    from knn_diffusion.cli.saving import Saved, Saving
     from knn_diffusion.cli.sheet import Block
     from knn_diffusion.pipeline import KnnDiffusion
     from knn_diffusion.request import Output, Settings
@@ -45,8 +45,31 @@ ExcludeOption = Annotated[
     list[str] | None, typer.Option("--exclude", help="Id of an image not to retrieve; repeatable.")
 ]
 OutputOption = Annotated[
-    Path | None,
-    typer.Option("--output", help="New folder for the images.", show_default="output, then output-2, …"),
+    Path | None, typer.Option("--output", help="Folder to add the images to.", show_default="output")
+]
+SizeOption = Annotated[int | None, typer.Option("--size", help="Side in pixels, 16 to 4096.", show_default="as drawn")]
+FormatOption = Annotated[
+    str, typer.Option("--format", help="png, webp (up to 512 pixels under 100 kB) or svg (traced, needs vtracer).")
+]
+BackgroundOption = Annotated[
+    str | None,
+    typer.Option(
+        "--background",
+        help="CSS colour name, #rrggbb, or transparent: refuse opaque drawings.",
+        show_default="as drawn",
+    ),
+]
+BorderOption = Annotated[bool, typer.Option("--border/--no-border", help="White die-cut border.")]
+BorderWidthOption = Annotated[
+    float | None,
+    typer.Option("--border-width", help="Width of the border as a share of the side, up to 0.2.", show_default="0.03"),
+]
+ShadowOption = Annotated[bool, typer.Option("--shadow/--no-shadow", help="Soft shadow below.")]
+ResamplerOption = Annotated[
+    str,
+    typer.Option(
+        "--resampler", help="crisp, lanczos, or auto: crisp for transparent drawings, Lanczos for opaque ones."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
 
@@ -65,38 +88,58 @@ def generate(
     seed: SeedOption = 0,
     exclude: ExcludeOption = None,
     output: OutputOption = None,
+    size: SizeOption = None,
+    file_format: FormatOption = "png",
+    background: BackgroundOption = None,
+    border: BorderOption = False,
+    border_width: BorderWidthOption = None,
+    shadow: ShadowOption = False,
+    resampler: ResamplerOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Draw images for each prompt from the images nearest to it.
 
-    Example: knn-diffusion generate "a red heart" "a cat with a hat" -n 4 --output hearts
+    Example: knn-diffusion generate "a red heart" "a cat with a hat" -n 4 --size 512 --format webp --border
     """
+    from knn_diffusion.cli.saving import Saved, check_saving
     from knn_diffusion.cli.sheet import drawn, retrieved
     from knn_diffusion.request import check_prompt
 
-    folder = new_folder(output)
+    saving = check_saving(
+        file_format,
+        border_width,
+        size=size,
+        background=background,
+        border=border,
+        shadow=shadow,
+        resampler=resampler,
+    )
     for prompt in prompts:
         check_prompt(prompt)
     made = []
-    with progress() as show:
-        pipe = _load(model, revision, index, device, exclude, show)
-        for number, prompt in enumerate(prompts):
-            asked = _settings(
-                show,
-                prompt,
-                num_images_per_prompt=num_images,
-                k=k,
-                guidance_scale=guidance_scale,
-                num_inference_steps=steps,
-                sampler=sampler,
-                seed=seed,
-                exclude_ids=exclude,
-            )
-            result = pipe(prompt, **asked)
-            made.append((result, _save(number, result, folder), [retrieved(pipe, result), drawn(result)]))
-    _say_fewer(pipe, k, made[0][0], as_json)
-    _report(made, folder, as_json)
+    with growing_folder(output) as folder:
+        with progress() as show:
+            pipe = _load(model, revision, index, device, exclude, show)
+            saving.check(pipe)
+            for prompt in prompts:
+                saved = Saved(folder, prompt, saving)
+                asked = _settings(
+                    show,
+                    prompt,
+                    num_images_per_prompt=num_images,
+                    k=k,
+                    guidance_scale=guidance_scale,
+                    num_inference_steps=steps,
+                    sampler=sampler,
+                    seed=seed,
+                    exclude_ids=exclude,
+                    on_image=saved.add,
+                )
+                result = pipe(prompt, **asked)
+                made.append((result, saved, [retrieved(pipe, result), drawn(result, finish=saving.finish)]))
+        _say_fewer(pipe, k, made[0][0], as_json)
+        _report(made, folder, saving, as_json)
 
 
 def edit(
@@ -115,6 +158,13 @@ def edit(
     seed: SeedOption = 0,
     exclude: ExcludeOption = None,
     output: OutputOption = None,
+    size: SizeOption = None,
+    file_format: FormatOption = "png",
+    background: BackgroundOption = None,
+    border: BorderOption = False,
+    border_width: BorderWidthOption = None,
+    shadow: ShadowOption = False,
+    resampler: ResamplerOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -122,31 +172,43 @@ def edit(
 
     Example: knn-diffusion edit cat.png "a cat with a hat" --strength 0.6
     """
+    from knn_diffusion.cli.saving import Saved, check_saving
     from knn_diffusion.cli.sheet import drawn, retrieved
     from knn_diffusion.images import open_image
     from knn_diffusion.request import check_prompt
 
-    folder = new_folder(output)
+    saving = check_saving(
+        file_format,
+        border_width,
+        size=size,
+        background=background,
+        border=border,
+        shadow=shadow,
+        resampler=resampler,
+    )
     check_prompt(prompt)
     reference = open_image(image)
-    with progress() as show:
-        pipe = _load(model, revision, index, device, exclude, show)
-        asked = _settings(
-            show,
-            prompt,
-            num_images_per_prompt=num_images,
-            k=k,
-            guidance_scale=guidance_scale,
-            num_inference_steps=steps,
-            sampler=sampler,
-            seed=seed,
-            exclude_ids=exclude,
-        )
-        result = pipe.edit(reference, prompt, strength, **asked)
-        row = [[("edited", reference)], retrieved(pipe, result), drawn(result)]
-        made = [(result, _save(0, result, folder), row)]
-    _say_fewer(pipe, k, result, as_json)
-    _report(made, folder, as_json)
+    with growing_folder(output) as folder:
+        with progress() as show:
+            pipe = _load(model, revision, index, device, exclude, show)
+            saving.check(pipe)
+            saved = Saved(folder, prompt, saving)
+            asked = _settings(
+                show,
+                prompt,
+                num_images_per_prompt=num_images,
+                k=k,
+                guidance_scale=guidance_scale,
+                num_inference_steps=steps,
+                sampler=sampler,
+                seed=seed,
+                exclude_ids=exclude,
+                on_image=saved.add,
+            )
+            result = pipe.edit(reference, prompt, strength, **asked)
+            row = [[("edited", reference)], retrieved(pipe, result), drawn(result, finish=saving.finish)]
+        _say_fewer(pipe, k, result, as_json)
+        _report([(result, saved, row)], folder, saving, as_json)
 
 
 def _load(
@@ -175,39 +237,21 @@ def _settings(show: Progress, prompt: str, **asked: Any) -> Settings:
     return given
 
 
-def _save(number: int, output: Output, folder: Path) -> list[Path]:
-    """Write one prompt's images, each with its settings inside, as soon as they are drawn."""
-    from knn_diffusion.images import save_png
-
-    paths = []
-    for i, image in enumerate(output.images):
-        paths.append(folder / f"{number:03d}-{slug(output.prompt)}-{i}.png")
-        save_png(image, paths[-1], {**output.facts(), "image": i})
-    return paths
-
-
-def _report(made: Sequence[tuple[Output, list[Path], list[Block]]], folder: Path, as_json: bool) -> None:
+def _report(made: Sequence[tuple[Output, Saved, list[Block]]], folder: Path, saving: Saving, as_json: bool) -> None:
     from knn_diffusion.cli.sheet import contact_sheet
-    from knn_diffusion.images import save_png
+    from knn_diffusion.images import add_file, png
 
-    sheet = folder / CONTACT_SHEET
-    save_png(contact_sheet([row for _, _, row in made]), sheet)
+    sheet = add_file(folder, CONTACT_SHEET, png(contact_sheet([row for _, _, row in made])))
     results = [
-        {**output.facts(), "images": [str(path) for path in paths], "contact_sheet": str(sheet)}
-        for output, paths, _ in made
+        {**output.facts(), **saving.facts(), "images": [str(path) for path in saved.paths], "contact_sheet": str(sheet)}
+        for output, saved, _ in made
     ]
 
     def lines() -> Iterator[str]:
-        for output, paths, _ in made:
-            yield from map(str, paths)
+        for output, saved, _ in made:
+            yield from map(str, saved.paths)
             if output.shortfall:
                 say(f"{output.prompt}: {output.shortfall} of {output.k} neighbors could not be found")
         yield str(sheet)
 
     answer(results[0] if len(results) == 1 else {"results": results}, as_json, lines)
-
-
-def slug(prompt: str) -> str:
-    """A prompt as part of a file name: lower-case words joined by hyphens, at most 40 characters."""
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
-    return words[:40].strip("-") or "prompt"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import PurePath
 
 from PIL import Image
 
-from knn_diffusion.images import grid
+from knn_diffusion.images import Finish, finished, grid
 from knn_diffusion.pipeline import KnnDiffusion
 from knn_diffusion.request import Output
 
@@ -23,10 +24,13 @@ def retrieved(pipe: KnnDiffusion, output: Output) -> Block:
     return [(short_name(one.source), pipe.index.preview(one.id) or BLANK) for one in output.neighbors]
 
 
-def drawn(output: Output, label: str | None = None) -> Block:
-    """The images of an output, the first labelled with the prompt."""
+def drawn(output: Output, label: str | None = None, finish: Finish | None = None) -> Block:
+    """The images of an output, the first labelled with the prompt; finished as their files are, at the size of a cell."""
     text = output.prompt if label is None else label
-    return [(text if number == 0 else "", image) for number, image in enumerate(output.images)]
+    images = output.images
+    if finish is not None and not finish.plain:
+        images = [finished(image, replace(finish, size=CELL)) for image in images]
+    return [(text if number == 0 else "", image) for number, image in enumerate(images)]
 
 
 def contact_sheet(rows: Sequence[Sequence[Block]], cell: int = CELL) -> Image.Image:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
-from knn_diffusion.errors import UsageError
+from knn_diffusion.errors import KnnDiffusionError, UsageError
 from knn_diffusion.progress import Progress
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -125,3 +126,29 @@ def new_folder(asked: Path | None) -> Path:
     if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
         raise UsageError(f"expected a new or empty folder for --output, {asked} holds files: choose another name")
     return asked.absolute()
+
+
+@contextmanager
+def growing_folder(asked: Path | None) -> Iterator[Path]:
+    """The folder to add files to, made if need be: the one asked for, or output. One that got none in the end goes again.
+
+    Raises: UsageError when it is a file; KnnDiffusionError when nothing can be written there, before any work is done.
+    """
+    folder = (asked or Path("output")).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"expected a folder for --output, {folder} is a file: choose another name")
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise KnnDiffusionError(
+            f"expected a folder that can be written to, {folder} cannot ({error.strerror}): choose another --output"
+        ) from None
+    try:
+        yield folder
+    finally:
+        if made:
+            with suppress(OSError):  # it holds files, as it should
+                folder.rmdir()

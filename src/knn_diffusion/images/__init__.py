@@ -1,4 +1,4 @@
-"""Images in and out: any file to upright RGB or RGBA, the one rule of framing, arrays and pixels, search for files, PNG with settings."""
+"""Images in and out: any file to upright RGB or RGBA, the one rule of framing, arrays and pixels, search for files; stickers as files with settings."""
 
 from knn_diffusion.images.arrays import (
     from_array,
@@ -21,18 +21,33 @@ from knn_diffusion.images.framing import (
     square,
     subject,
 )
-from knn_diffusion.images.save import grid, parameters_text, read_settings, save_png
+from knn_diffusion.images.new_files import NumberedFiles, add_file
+from knn_diffusion.images.resize import resized
+from knn_diffusion.images.save import FileFormat, check_format, encode, parameters_text, png, read_settings, save_png
+from knn_diffusion.images.sheet import grid
+from knn_diffusion.images.sticker import OPAQUE, Finish, Finishing, check_finish, finished
+from knn_diffusion.images.tracing import require_tracing, traced
 
 __all__ = [
     "FRAMING",
     "MAX_PIXELS",
     "OF_SEVERAL",
+    "OPAQUE",
     "Colour",
+    "FileFormat",
+    "Finish",
+    "Finishing",
     "ImageFile",
+    "NumberedFiles",
     "SourceImage",
+    "add_file",
     "averages",
+    "check_finish",
+    "check_format",
+    "encode",
     "find_files",
     "find_images",
+    "finished",
     "frame",
     "from_array",
     "grid",
@@ -45,11 +60,15 @@ __all__ = [
     "over_ground",
     "parameters_text",
     "pixels_from_uint8",
+    "png",
     "read_settings",
+    "require_tracing",
+    "resized",
     "save_png",
     "showing_ground",
     "square",
     "subject",
     "to_array",
+    "traced",
     "uint8_from_pixels",
 ]

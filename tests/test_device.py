@@ -16,7 +16,7 @@ from tiny_world import build_model, draw_pictures
 
 from knn_diffusion import ImageIndex, KnnDiffusion, pipeline
 from knn_diffusion.cli import main
-from knn_diffusion.device import binary_size, choose_dtype, computes_bfloat16, own_defaults
+from knn_diffusion.device import binary_size, choose_device, choose_dtype, computes_bfloat16, own_defaults
 from knn_diffusion.errors import ImageError, KnnDiffusionError, UsageError
 from knn_diffusion.images import open_image
 
@@ -163,3 +163,12 @@ def test_own_defaults_hold_until_the_last_thread_has_left_them() -> None:
         leave.set()
         assert staying.result(30) == torch.float32
         assert torch.get_default_dtype() == torch.float64
+
+
+@pytest.mark.parametrize("name", ["nowhere", "cuda:99", 99, -1, ""])
+def test_a_device_that_is_not_here_is_refused_whatever_names_it(name: str | int) -> None:
+    with pytest.raises(
+        UsageError, match=r"expected a device that is here \(auto, cpu, cuda, mps\), got .*: use --device auto"
+    ):
+        choose_device(name)
+    assert choose_device(torch.device("cpu")) == torch.device("cpu")

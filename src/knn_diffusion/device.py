@@ -51,7 +51,7 @@ def own_defaults() -> Iterator[None]:
         yield
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str | int | torch.device = "auto") -> torch.device:
     """The named device; "auto" is the first GPU if there is one, else the CPU.
 
     Raises: UsageError when the named device is not there.
@@ -61,8 +61,8 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        known = name.partition(":")[0] in DEVICES
+    except (RuntimeError, AssertionError, TypeError) as error:
+        known = str(name).partition(":")[0] in DEVICES
         reason = f"{name!r} ({str(error).splitlines()[0]})" if known else repr(name)
         raise UsageError(
             f"expected a device that is here ({', '.join(DEVICES)}), got {reason}: use --device auto"

@@ -110,7 +110,7 @@ class KnnDiffusion:
         model: Model,
         index: ImageIndex | None = None,
         *,
-        device: str = "auto",
+        device: str | int | torch.device = "auto",
         dtype: str = "auto",
         compile: bool = False,
     ) -> None:
@@ -150,7 +150,7 @@ class KnnDiffusion:
         *,
         index: ImageIndex | str | Path | None = None,
         revision: str | None = None,
-        device: str = "auto",
+        device: str | int | torch.device = "auto",
         dtype: str = "auto",
         compile: bool = False,
     ) -> KnnDiffusion:

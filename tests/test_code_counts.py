@@ -108,7 +108,7 @@ def test_tokens_are_kept_apart_for_two_ways_to_choose_a_code(world: Path, tmp_pa
 
 def test_a_tokenizer_of_another_making_is_not_saved(tmp_path: Path) -> None:
     class Toy(torch.nn.Module):
-        config, vocab_size, grid, codes = None, 2, 1, torch.eye(2)
+        config, vocab_size, grid, codes, alpha = None, 2, 1, torch.eye(2), False
 
         def encode(self, pixels: torch.Tensor) -> torch.Tensor:
             return (pixels.mean((1, 2, 3)) > 0).long()[:, None]

@@ -178,7 +178,7 @@ def test_a_build_that_another_encoder_began_is_left_as_it_is(tmp_path: Path, mon
     monkeypatch.setattr(Store, "open", lambda folder: opened.append(open_(folder)) or opened[-1])
     with pytest.raises(FingerprintError, match=r"was built with other \(8-d, 00\), the encoder is tiny"):
         ImageIndex.build([picture(0)], tmp_path / "index", tmp_path / "encoder", ray=HERE)
-    with pytest.raises(StoreError, match="closed database"):
+    with pytest.raises(StoreError, match="was closed here: open it again"):
         opened[0].setting("encoder_place")
     with open_(tmp_path / "index") as store:
         assert store.setting("encoder_place") is None
@@ -238,7 +238,7 @@ def test_the_command_line_prints_its_answer_alone_and_leaves_nothing(tmp_path: P
     (tmp_path / "photos").mkdir()
     (tmp_path / "home").mkdir()
     for number in range(6):
-        picture(number).save(tmp_path / "photos" / f"{number}.png")
+        picture(number).resize((48, 48)).save(tmp_path / "photos" / f"{number}.png")
     save_encoder(tiny_encoder(), tmp_path / "encoder")
     before = set(os.listdir("/tmp"))
     command = ["index", "build", "photos", "--output", "index", "--encoder", "encoder", "--ray", "--json"]

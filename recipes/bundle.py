@@ -1,6 +1,6 @@
 """Puts a trained run into the package: the model, the small index inside it, and a card that says how it came to be.
 
-python recipes/bundle.py recipes/runs/cpu src/knn_diffusion/bundles/stickers --hardware "…" --report evaluation.json
+python recipes/bundle.py recipes/runs/stickers FOLDER --hardware "…" --report evaluation.json
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import json
 import subprocess
 import tempfile
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree
 from typing import Any
 
-from knn_diffusion import stickers
 from knn_diffusion.checkpoint import atomic_folder
 from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.image_index import ImageIndex
@@ -22,10 +21,10 @@ from knn_diffusion.model_folder import read_pipeline_file, write_pipeline_file
 from knn_diffusion.models.encoders import load_encoder
 
 LIMITS = [
-    "It draws 64-pixel stickers in the style of one emoji font, one or two objects on a plain or patterned background.",
+    "It draws transparent stickers of 128 pixels in the styles of a few emoji families, one or two objects.",
     "Nothing else: no photographs, no letters, no faces of real people.",
-    "The joint encoder was trained on pictures with captions and knows every concept, as CLIP knows more than any generator. "
-    "Tokenizer and denoiser never saw a caption, nor any picture of the held-out concepts.",
+    "The joint encoder was trained on images with captions and knows most concepts, as CLIP knows more than any generator. "
+    "Tokenizer and denoiser never saw a caption, nor any image of the held-out concepts and of the held-out family.",
 ]
 
 
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--hardware", default="", help="what it was trained on, in words")
     parser.add_argument("--report", type=Path, help="report.json of knn-diffusion evaluate, for the card's scores")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="λ chosen on validation prompts")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="λ chosen on validation prompts")
     parser.add_argument("--k", type=int, default=7, help="neighbors, chosen likewise")
     parser.add_argument("--query-weight", type=float, default=1.0, help="share of the text in the query slot, likewise")
     options = parser.parse_args()
@@ -43,6 +42,7 @@ def main() -> None:
         for part in ("encoder", "tokenizer", "denoiser"):
             copytree(options.run / "denoiser" / "model" / part, folder / part)
         add_index(options.run / "pictures", folder)
+        copyfile(options.run / "art" / "ATTRIBUTION.md", folder / "index" / "ATTRIBUTION.md")
         write_pipeline_file(
             folder,
             name="stickers",
@@ -71,12 +71,11 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
     told: dict[str, Any] = {
         "license": "mit",
         "data": {
-            "pictures": "rendered from Noto Color Emoji (SIL OFL 1.1) by `knn-diffusion dataset stickers`",
-            "split": f"digest {stickers.split_digest()}; 116 concepts and 61 pairs held out of tokenizer, denoiser and index",
+            "images": "composed from the families of recipes/fetch_art.py; ATTRIBUTION.md beside the index names them",
             "text tower": "all-MiniLM-L6-v2 (Apache-2.0), frozen, 8-bit",
         },
         "recipe": {
-            "command": f"recipes/stickers.sh {options.run.name}",
+            "command": "recipes/stickers.sh",
             "commit": commit,
             "hardware": options.hardware or "not noted",
             **{f"{part}, steps": steps for part, steps in trained.items()},

@@ -17,6 +17,7 @@ from knn_diffusion import ImageIndex, KnnDiffusion
 from knn_diffusion.errors import UsageError
 from knn_diffusion.images import network_input, pixels_from_uint8
 from knn_diffusion.neighbor_tokens import NeighborTokens
+from knn_diffusion.shapes import Condition
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +97,12 @@ def test_neighbors_that_disagree_with_the_first_are_left_out_and_named(pipe: Knn
 def test_an_edit_is_led_by_its_reference(pipe: KnnDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = pipe.draw
-    monkeypatch.setattr(
-        pipe, "draw", lambda condition, *given: seen.append((condition, given)) or real(condition, *given)
-    )
+
+    def draw(condition: Condition, *given: Any, **also: Any) -> Any:
+        seen.append((condition, given))
+        return real(condition, *given, **also)
+
+    monkeypatch.setattr(pipe, "draw", draw)
     picture = Image.new("RGB", (SIZE, SIZE), (200, 30, 60))
     out = pipe.edit(picture, "a cat", strength=0.5)
     tokens = pipe.tokenizer.encode(pixels_from_uint8(np.asarray(picture)[None]))

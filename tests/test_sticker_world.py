@@ -22,7 +22,6 @@ from knn_diffusion.cli import main
 from knn_diffusion.errors import UsageError
 from knn_diffusion.stickers import everyday_words
 from knn_diffusion.stickers.art import Art, open_art
-from knn_diffusion.stickers.captions import captions, facts
 from knn_diffusion.stickers.composing import compose, cut_out, trimmed
 from knn_diffusion.stickers.compositions import RELATIONS, Sampler, Sticker, Thing, can_be_tinted
 from knn_diffusion.stickers.datasets import make_stickers, stickers_of
@@ -31,6 +30,7 @@ from knn_diffusion.stickers.icons import read_package, render_package
 from knn_diffusion.stickers.prompts import prompts
 from knn_diffusion.stickers.tints import TINTS, body_of, oklab, palette, rgb, tint
 from knn_diffusion.stickers.vocabulary import Concept, concept_named, held_out_pairs, vocabulary
+from knn_diffusion.stickers.wording import captions, facts
 
 PACKAGES = Path(__file__).parent / "fixtures" / "stickers"
 CHOICES = st.sampled_from(["tinted", "paired", "varied"])

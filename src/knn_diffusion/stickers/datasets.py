@@ -16,12 +16,12 @@ from typing import Any, Literal
 from knn_diffusion.errors import KnnDiffusionError
 from knn_diffusion.progress import Progress
 from knn_diffusion.stickers.art import Art
-from knn_diffusion.stickers.captions import captions, facts
 from knn_diffusion.stickers.composing import compose
 from knn_diffusion.stickers.compositions import Sampler, Sticker, Thing, body_in, plain_stickers
 from knn_diffusion.stickers.families import BUNDLED, HELD_OUT_FAMILY, TRAINED
 from knn_diffusion.stickers.filling import chunks, finish_folder, open_folder, spread, write_text
 from knn_diffusion.stickers.vocabulary import concept_named, held_out_pairs, split_digest, vocabulary
+from knn_diffusion.stickers.wording import captions, facts
 
 Kind = Literal["train", "encoder", "index", "held-out", "held-out-family"]
 """What a folder is for.

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from knn_diffusion.errors import UsageError
-from knn_diffusion.stickers.captions import spoken
 from knn_diffusion.stickers.compositions import RELATIONS, Thing, can_be_tinted
 from knn_diffusion.stickers.tints import TINTS
 from knn_diffusion.stickers.vocabulary import Concept, Split, concept_named, held_out_pairs, vocabulary
+from knn_diffusion.stickers.wording import spoken
 
 Shape = Literal["plain", "tinted", "paired"]
 Purpose = Literal["evaluation", "validation"]

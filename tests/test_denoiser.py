@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from knn_diffusion.diffusion.conditioning import make_condition, null_condition
 from knn_diffusion.errors import ConfigError, FingerprintError, UsageError
+from knn_diffusion.models.copying import COMPARED
 from knn_diffusion.models.cross_attention import PreparedCondition
 from knn_diffusion.models.denoiser import PAPER, Denoiser, DenoiserConfig, sigmoid_gelu
 from knn_diffusion.shapes import Condition
@@ -17,7 +18,10 @@ SMALL = DenoiserConfig(
     vocab_size=11, grid=4, width=32, depth=2, heads=4, condition_dim=12, num_steps=10, mlp_ratio=2, step_width=16
 )
 GRIDS = {"patch_size": 2, "local_width": 8, "local_blocks": 2, "grid_neighbors": 3, "grid_layers": 2}
-OPTIONS = pytest.mark.parametrize("options", [{}, {"map_width": 16}, GRIDS], ids=["plain", "maps", "grids"])
+COPIES = GRIDS | {"copy_window": 3}
+OPTIONS = pytest.mark.parametrize(
+    "options", [{}, {"map_width": 16}, GRIDS, COPIES], ids=["plain", "maps", "grids", "copies"]
+)
 
 
 def make(seed: int = 0, **changes: object) -> Denoiser:
@@ -77,7 +81,7 @@ def test_what_a_place_reads_from_the_maps_equals_the_textbook() -> None:
             torch.testing.assert_close(read[row, place], layer.output(torch.cat(parts)))
 
 
-@pytest.mark.parametrize("options", [{}, {"patch_size": 2}, {"map_width": 16}, GRIDS], ids=str)
+@pytest.mark.parametrize("options", [{}, {"patch_size": 2}, {"map_width": 16}, GRIDS, COPIES], ids=str)
 def test_null_condition_equals_the_network_without_what_reads_y(
     options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +95,8 @@ def test_null_condition_equals_the_network_without_what_reads_y(
         monkeypatch.setattr(layer, "forward", lambda h, _: torch.zeros_like(h))
     if denoiser.local is not None:
         monkeypatch.setattr(denoiser.local.leader, "forward", torch.zeros_like)
+    if denoiser.copy_head is not None:
+        monkeypatch.setattr(denoiser.copy_head, "forward", lambda logits, *_: logits)
     assert torch.equal(with_null, denoiser(x_n, step, random_condition()))
 
 
@@ -121,8 +127,41 @@ def test_what_a_place_reads_of_the_grids_equals_the_textbook() -> None:
         torch.testing.assert_close(read[0, place], layer.output(torch.cat(parts)))
 
 
-def test_a_condition_without_grids_equals_one_whose_grids_are_absent_whatever_these_show() -> None:
-    denoiser, (x_n, step), condition = make(**GRIDS), random_inputs(), random_condition()
+def test_what_is_added_for_codes_near_a_token_equals_a_loop_over_the_grids() -> None:
+    denoiser, condition = make(**COPIES).double(), random_condition(batch=1)
+    torch.nn.init.normal_(denoiser.copy_head.say.weight)
+    condition = replace(condition, grids_present=torch.tensor([[True, False, True]]))
+    layer, offers = denoiser.copy_head, denoiser.prepare(condition).offers
+    logits, h = torch.randn(1, 16, SMALL.vocab_size).double(), torch.randn(1, 16, 8).double()
+    expected = logits.clone()
+    for token in range(16):
+        for rank in (0, 2):
+            features = denoiser._features(condition.grids[:, rank])[0]
+            for down in range(3):
+                for right in range(3):
+                    i, j = token // 4 + down - 1, token % 4 + right - 1
+                    if not (0 <= i < 4 and 0 <= j < 4):
+                        continue
+                    key = layer.key(functional.layer_norm(features[4 * i + j], (8,)))
+                    score = layer.query(h[0, token]) @ key / COMPARED**0.5
+                    score = score + layer.say(h[0, token])[9 * rank + 3 * down + right]
+                    expected[0, token, condition.grids[0, rank, 4 * i + j]] += score
+    torch.testing.assert_close(layer(logits, h, offers), expected)
+
+
+@OPTIONS
+def test_tokens_asked_for_are_predicted_as_among_all(options: dict[str, int]) -> None:
+    denoiser, (x_n, step), condition = make(**options), random_inputs(), random_condition()
+    asked = torch.rand(x_n.shape) < 0.4
+    some = denoiser(x_n, step, condition, asked)
+    torch.testing.assert_close(some, denoiser(x_n, step, condition)[asked])
+
+
+@pytest.mark.parametrize("options", [GRIDS, COPIES], ids=["grids", "copies"])
+def test_a_condition_without_grids_equals_one_whose_grids_are_absent_whatever_these_show(
+    options: dict[str, int],
+) -> None:
+    denoiser, (x_n, step), condition = make(**options), random_inputs(), random_condition()
     absent = replace(condition, grids_present=torch.zeros(3, 3, dtype=torch.bool))
     without = denoiser(x_n, step, replace(condition, grids=None, grids_present=None))
     assert torch.equal(denoiser(x_n, step, absent), without)
@@ -429,6 +468,10 @@ def test_impossible_configurations_are_refused_with_field_value_and_rule() -> No
         replace(SMALL, grid_neighbors=2, grid_layers=1)
     with pytest.raises(ConfigError, match="grid_layers must be from 1 to 2 with grid_neighbors 3, got 0"):
         replace(SMALL, **GRIDS | {"grid_layers": 0})
+    with pytest.raises(ConfigError, match="copy_window must be odd, or 0, got 2"):
+        replace(SMALL, **GRIDS | {"copy_window": 2})
+    with pytest.raises(ConfigError, match="copy_window must be 0 without grid_neighbors, whose codes it copies, got 3"):
+        replace(SMALL, copy_window=3)
     with pytest.raises(ConfigError, match="query_dim must be at most condition_dim 12, got 13"):
         replace(SMALL, query_dim=13)
     with pytest.raises(ConfigError, match="query_dim must be 0 with plain_slots, which know no query, got 3"):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from knn_diffusion.models.attention import ABSENT
+from knn_diffusion.models.copying import Offers
 from knn_diffusion.models.neighbor_grids import Grids
 
 KEYS_PER_VALUE = 4
@@ -44,18 +45,21 @@ class PreparedCondition:
     values: Float[Tensor, "depth batch pairs width"]
     maps: Maps | None = None
     grids: Grids | None = None
+    offers: Offers | None = None
 
     @staticmethod
     def cat(parts: Sequence[PreparedCondition]) -> PreparedCondition:
         """The rows of all parts as one batch, for instance the conditional and then the null half of guidance."""
         maps = [part.maps for part in parts if part.maps is not None]
         grids = [part.grids for part in parts if part.grids is not None]
+        offers = [part.offers for part in parts if part.offers is not None]
         return PreparedCondition(
             keys=torch.cat([part.keys for part in parts], dim=1),
             offsets=torch.cat([part.offsets for part in parts], dim=1),
             values=torch.cat([part.values for part in parts], dim=1),
             maps=Maps(*(torch.cat(same) for same in zip(*maps, strict=True))) if maps else None,
             grids=Grids(*(torch.cat(same) for same in zip(*grids, strict=True))) if grids else None,
+            offers=Offers(*(torch.cat(same) for same in zip(*offers, strict=True))) if offers else None,
         )
 
     def select(self, rows: slice | Sequence[int] | Tensor) -> PreparedCondition:
@@ -67,6 +71,7 @@ class PreparedCondition:
             values=self.values[:, picked],
             maps=None if self.maps is None else Maps(*(part[picked] for part in self.maps)),
             grids=None if self.grids is None else Grids(*(part[picked] for part in self.grids)),
+            offers=None if self.offers is None else Offers(*(part[picked] for part in self.offers)),
         )
 
 

@@ -6,8 +6,8 @@
 
 With `map_width` each slot of y is also laid out over the places, and before the first and the middle block a place reads
 its own cell of these maps. With `local_width` layers over single tokens stand around the transformer, and with
-`grid_neighbors` it reads the first neighbors' tokens too. The paper has none of these; what they are for stands at
-`SlotMaps`, `LocalLayers` and `GridAttention`.
+`grid_neighbors` it reads the first neighbors' tokens too, and with `copy_window` it may point at them. The paper has none of
+these; what they are for stands at `SlotMaps`, `LocalLayers`, `GridAttention` and `CopyHead`.
 
 Axis words beyond the legend of `shapes`: `depth` blocks; `places` positions of the transformer, (grid / patch_size)²;
 `pairs` (head, slot), slots fastest; `step_width` the hidden size of the step's embedding.
@@ -30,6 +30,7 @@ from knn_diffusion.config import config, require
 from knn_diffusion.errors import FingerprintError, UsageError
 from knn_diffusion.models.attention import attend
 from knn_diffusion.models.code_traits import CodeTraits
+from knn_diffusion.models.copying import CopyHead, Offers
 from knn_diffusion.models.cross_attention import (
     KEYS_PER_VALUE,
     CrossAttention,
@@ -62,6 +63,7 @@ class DenoiserConfig:
     local_blocks          blocks of such layers after the transformer, at least 1 with local_width
     grid_neighbors        of how many neighbors, the first ones, the tokens are read too (see `GridAttention`); 0 is the paper's
     grid_layers           before how many of the blocks, spread evenly; at least 1 with grid_neighbors
+    copy_window           codes of these grids can be pointed at (see `CopyHead`) in a window of w × w tokens, w odd; 0 is the paper's
     cross_attention_bias  biases as in VQ-Diffusion; then the null condition no longer removes cross-attention
     step_table            every norm learns its scale and shift for each step by itself, as in VQ-Diffusion; `step_width` says nothing
     sigmoid_gelu          the MLP's GELU is x · σ(1.702 x), as in VQ-Diffusion
@@ -85,6 +87,7 @@ class DenoiserConfig:
     local_blocks: int = 0
     grid_neighbors: int = 0
     grid_layers: int = 0
+    copy_window: int = 0
     cross_attention_bias: bool = False
     step_table: bool = False
     sigmoid_gelu: bool = False
@@ -113,6 +116,9 @@ class DenoiserConfig:
         most = self.depth if grids else 0
         fits = min(1, grids) <= self.grid_layers <= most
         require(fits, "grid_layers", self.grid_layers, f"from {min(1, grids)} to {most} with grid_neighbors {grids}")
+        window = self.copy_window
+        require(window % 2 == 1 or not window, "copy_window", window, "odd, or 0")
+        require(grids > 0 or not window, "copy_window", window, "0 without grid_neighbors, whose codes it copies")
         require(self.step_width >= 2 and self.step_width % 2 == 0, "step_width", self.step_width, "even and at least 2")
 
     @property
@@ -249,6 +255,9 @@ class Denoiser(nn.Module):
                 for number in range(config.grid_layers)
             }
         )
+        self.copy_head: CopyHead | None = None
+        if config.copy_window:
+            self.copy_head = CopyHead(read, config.grid, config.grid_neighbors, config.copy_window)
         self.initialize_weights()
 
     @staticmethod
@@ -292,6 +301,8 @@ class Denoiser(nn.Module):
             self.grid_reader.initialize_weights()
         for reader in self.grid_attention.values():
             cast(GridAttention, reader).initialize_weights(len(self.grid_attention))
+        if self.copy_head is not None:
+            self.copy_head.initialize_weights()
 
     @property
     def _blocks(self) -> list[Block]:
@@ -308,7 +319,7 @@ class Denoiser(nn.Module):
     @property
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Weight matrices from hidden layer to hidden layer, in a fixed order: neither tables nor the head."""
-        layers = [self.blocks, self.grid_attention, self.map_attention, self.local, self.grid_reader]
+        layers = [self.blocks, self.grid_attention, self.map_attention, self.local, self.grid_reader, self.copy_head]
         modules = [module for layer in layers if layer is not None for module in layer.modules()]
         return [cast(nn.Parameter, module.weight) for module in modules if isinstance(module, nn.Linear)]
 
@@ -337,14 +348,13 @@ class Denoiser(nn.Module):
         layers = [block.cross_attention.prepare(y, condition.present) for block in self._blocks]
         keys, offsets, values = (torch.stack(parts) for parts in zip(*layers, strict=True))
         maps = None if self.slot_maps is None else self.slot_maps(y, condition.present)
-        return PreparedCondition(
-            keys=keys, offsets=offsets, values=values, maps=maps, grids=self._read_grids(condition)
-        )
+        grids, offers = self._read_grids(condition)
+        return PreparedCondition(keys=keys, offsets=offsets, values=values, maps=maps, grids=grids, offers=offers)
 
-    def _read_grids(self, condition: Condition) -> Grids | None:
+    def _read_grids(self, condition: Condition) -> tuple[Grids | None, Offers | None]:
         """What the layers read of the neighbors' grids; as much for all conditions, so that they can stand in one batch."""
         if self.grid_reader is None:
-            return None
+            return None, None
         most, seq, batch = self.config.grid_neighbors, self.config.seq, len(condition.y)
         grids = torch.zeros(batch, most, seq, dtype=torch.long, device=condition.y.device)
         present = torch.zeros(batch, most, dtype=torch.bool, device=condition.y.device)
@@ -358,7 +368,9 @@ class Denoiser(nn.Module):
             grids[:, :m], present[:, :m] = condition.grids, condition.grids_present
         tokens = self._features(grids.flatten(0, 1))  # (batch m) seq local_width
         places = self._merged(tokens).unflatten(0, (batch, most))  # batch m places width
-        return cast(Grids, self.grid_reader(places, tokens.unflatten(0, (batch, most)), present))
+        tokens = tokens.unflatten(0, (batch, most))
+        offers = None if self.copy_head is None else self.copy_head.offers(grids, tokens, present)
+        return self.grid_reader(places, tokens, present), offers
 
     def _readable(self, query: Float[Tensor, "batch 1 dim"]) -> Float[Tensor, "batch 1 dim"]:
         """The query with the coordinates that no text can fill set to zero, at unit length again; a zero query stays zero.
@@ -377,15 +389,23 @@ class Denoiser(nn.Module):
         scales_shifts = self.modulation(self.step_embedding(step))  # batch (depth 4 width)
         return rearrange(scales_shifts, "b (d four w) -> d four b 1 w", d=self.config.depth, four=4)
 
-    def forward(self, x_n: Tokens, step: Steps, condition: Condition | PreparedCondition) -> Logits:
+    def forward(
+        self,
+        x_n: Tokens,
+        step: Steps,
+        condition: Condition | PreparedCondition,
+        asked: Bool[Tensor, "batch seq"] | None = None,
+    ) -> Logits | Float[Tensor, "asked vocab"]:
         """Predict x_0 from noised tokens.
 
         Args:
             x_n: codes in [0, vocab], where vocab is [MASK].
             step: the step 1 … N of each row.
             condition: y, or better what `prepare` made of it when the same y serves many steps.
+            asked: the tokens to predict; the head spends nothing on others. None: all.
 
-        Returns: logits over the codes in float32, whatever the arithmetic.
+        Returns: logits over the codes in float32, whatever the arithmetic; of the tokens asked for only, one image after the
+            other, if any are named.
         Raises: UsageError when the number of tokens is not grid²; FingerprintError as `prepare`.
         """
         if x_n.shape[1] != self.config.seq:
@@ -406,9 +426,24 @@ class Denoiser(nn.Module):
         if self.local is not None:
             leader = None if prepared.grids is None else prepared.grids.leader
             h = self.local(self.unmerge(self.local.unmerge(self.local.place_norm(h))), tokens, leader)
+        return self._head(h, prepared.offers, asked)
+
+    def _head(
+        self, h: Float[Tensor, "batch either width"], offers: Offers | None, asked: Bool[Tensor, "batch seq"] | None
+    ) -> Tensor:
+        """Logits from what the last layer says of each token, or of each place of p × p tokens."""
         rows = self.head.weight if self.code_traits is None else self.head.weight + self.code_traits.head_rows()
-        logits = functional.linear(self.head_norm(h), rows, self.head.bias)  # batch places (patch vocab)
-        return (logits if self.local is not None else self.unmerge(logits)).float()  # batch seq vocab
+        single = self.local is not None or self.config.patch_size == 1
+        if single and asked is not None:
+            h = h[asked]
+        read = self.head_norm(h)
+        logits = functional.linear(read, rows, self.head.bias).float()
+        if not single:
+            logits = self.unmerge(logits)
+            logits = logits if asked is None else logits[asked]
+        if self.copy_head is None or offers is None:
+            return logits
+        return cast(Tensor, self.copy_head(logits, read, offers if asked is None else offers.of(asked)))
 
     def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if not (self.activation_checkpointing and torch.is_grad_enabled()):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knn_diffusion.diffusion.losses import DiffusionLoss, LossConfig, StepSampler, diffusion_loss
+from knn_diffusion.diffusion.losses import DiffusionLoss, LossConfig, StepSampler, diffusion_loss, uncertain
 from knn_diffusion.diffusion.process import Preset, Schedule, posterior, q_sample
 from knn_diffusion.errors import ConfigError
 
@@ -33,6 +33,8 @@ def loss_at(
 ) -> DiffusionLoss:
     """The loss with every step's probability taken as 1; without L_x0 unless said otherwise."""
     made = LossConfig(**{"aux_weight": 0.0, **config})
+    asked = uncertain(schedule, x_n)
+    logits = logits if asked is None else logits[asked]
     one = torch.ones(len(x_0), dtype=torch.float64)
     return diffusion_loss(schedule, logits, x_0, x_n, step=step, probability=one, config=made)
 

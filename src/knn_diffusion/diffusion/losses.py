@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from knn_diffusion.config import config, require
@@ -51,7 +51,7 @@ class DiffusionLoss:
     l_prev: Float[Tensor, "batch"]
     """L_{n-1}: KL of the true posterior from the predicted one where n > 1, else 0."""
     l_x0: Float[Tensor, "batch"]
-    """-log p(x_0 | x_n), before ξ; the cross-entropy of the prediction."""
+    """-log p(x_0 | x_n), before ξ; the cross-entropy of the prediction, of tokens whose x_0 is not certain from x_n."""
 
     @property
     def bound(self) -> Float[Tensor, "batch"]:
@@ -59,9 +59,14 @@ class DiffusionLoss:
         return (self.l_0 + self.l_prev).detach()
 
 
+def uncertain(schedule: Schedule, x_n: Tokens) -> Bool[Tensor, "batch seq"] | None:
+    """The tokens whose prediction counts, None for all: with the absorbing schedule a visible token is certain."""
+    return x_n == schedule.mask_id if schedule.preset == "absorbing" else None
+
+
 def diffusion_loss(
     schedule: Schedule,
-    logits: Logits,
+    logits: Logits | Float[Tensor, "asked vocab"],
     x_0: Tokens,
     x_n: Tokens,
     *,
@@ -72,7 +77,7 @@ def diffusion_loss(
     """Lines 10-14 of Algorithm 1 for a batch.
 
     Args:
-        logits: the denoiser's prediction of x_0 from x_n.
+        logits: the denoiser's prediction of x_0 from x_n; of the `uncertain` tokens only, where there are certain ones.
         probability: with which each image's step was drawn.
     Returns: a total that estimates the variational bound in nats per token (plus the auxiliary part), whatever N is and
         however the steps were drawn.
@@ -80,12 +85,16 @@ def diffusion_loss(
     Differs from the paper: each image's loss is divided by its step's probability, as VQ-Diffusion does; with steps drawn
     uniformly this multiplies Algorithm 1's loss by N.
     """
-    log_p = logits.float().log_softmax(-1)  # batch seq vocab
-    at_0 = _at(log_p, x_0)  # batch seq
-    nll = -at_0
-    certain = (x_n != schedule.mask_id) & (schedule.preset == "absorbing")  # there a visible token needs no prediction
+    log_p = logits.float().log_softmax(-1)  # batch seq vocab, or asked vocab
+    asked = uncertain(schedule, x_n)
+    if asked is None:
+        at_0 = _at(log_p, x_0)  # batch seq
+        nll = -at_0
+    else:  # a certain token gets any number in place of its prediction, and a loss of 0
+        at_0 = torch.full(x_0.shape, -1.0, device=x_0.device).masked_scatter(asked, _at(log_p, x_0[asked]))
+        nll = -at_0.masked_fill(~asked, 0)
     first = step == 1
-    l_0 = torch.where(first, nll.masked_fill(certain, 0).mean(1), 0)
+    l_0 = torch.where(first, nll.mean(1), 0)
     l_prev = torch.where(first, 0, _divergence(schedule, log_p, at_0, x_0, x_n, step.clamp_min(2)).mean(1))
     l_x0 = nll.mean(1)
     emphasis = 2 - (step - 1) / schedule.num_steps if config.adaptive_aux else 1
@@ -94,12 +103,17 @@ def diffusion_loss(
     return DiffusionLoss(total=total, l_0=l_0, l_prev=l_prev, l_x0=l_x0)
 
 
-def _at(values: Logits, token: Tokens) -> Float[Tensor, "batch seq"]:
+def _at(values: Float[Tensor, "*tokens vocab"], token: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
     return values.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
 def _divergence(
-    schedule: Schedule, log_p: Logits, at_0: Float[Tensor, "batch seq"], x_0: Tokens, x_n: Tokens, step: Steps
+    schedule: Schedule,
+    log_p: Logits | Float[Tensor, "asked vocab"],
+    at_0: Float[Tensor, "batch seq"],
+    x_0: Tokens,
+    x_n: Tokens,
+    step: Steps,
 ) -> Float[Tensor, "batch seq"]:
     """KL(q(x_s | x_n, x_0) ‖ p(x_s | x_n)) of each token, s = n - 1 ≥ 1; float64 of [batch, seq], float32 where vocab joins.
 

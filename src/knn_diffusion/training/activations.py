@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from knn_diffusion.models.copying import COMPARED
 from knn_diffusion.models.cross_attention import KEYS_PER_VALUE
 from knn_diffusion.models.denoiser import DenoiserConfig
 
@@ -51,7 +52,8 @@ def denoiser_activations(
         bfloat16: whether matrix products are computed in it; float32 otherwise.
         recomputed: whether each block keeps its input alone.
         replaces: whether the schedule replaces codes in earnest, which the loss sums over.
-        masks_only: whether it never does, so that the loss looks up one number of each token.
+        masks_only: whether it never does, so that the loss looks up one number of each token; counted is a step at which all
+            tokens are masked.
     """
     product = 2 if bfloat16 else 4  # bytes of what a matrix product reads and writes; everything between is float32
     stream, logits = config.places * config.width, config.seq * config.vocab_size
@@ -63,7 +65,7 @@ def denoiser_activations(
     kept = config.depth * (4 * stream if recomputed else block) + head + after + loss
     kept += config.depth * (2 * config.width * (pairs + neighbors + 1) * product + 6 * config.width * 4)
     kept += _maps(config, neighbors, product) + config.places * config.depth * config.heads * 4
-    kept += _grids(config, product)
+    kept += _grids(config, product) + _offers(config, product)
     if config.local_width:
         kept += _before(config, product)
     elif config.patch_size > 1:
@@ -113,6 +115,11 @@ def _grids(config: DenoiserConfig, product: int) -> int:
     stream, cells = config.places * config.width, config.grid_neighbors * config.places
     reader = stream * (4 + 3 * product) + config.heads * config.places * cells * product
     return 4 * cells * config.width * product + config.grid_layers * reader
+
+
+def _offers(config: DenoiserConfig, product: int) -> int:
+    """What may be copied to each token: an offer's code, its key and whether it is there."""
+    return config.seq * config.grid_neighbors * config.copy_window**2 * (8 + (COMPARED + 1) * product)
 
 
 def _traits(config: DenoiserConfig, bfloat16: bool) -> int:

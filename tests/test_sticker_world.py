@@ -356,7 +356,7 @@ def test_the_encoder_sees_held_out_concepts_and_no_unnamed_one(art: Art) -> None
 
 
 def test_the_held_out_family_is_in_its_own_folder_only(art: Art) -> None:
-    for kind in ("train", "encoder", "index", "held-out"):
+    for kind in ("train", "encoder", "neighbors", "index", "held-out"):
         assert HELD_OUT_FAMILY not in {sticker.family for sticker in stickers_of(kind, art, 400)}  # type: ignore[arg-type]
     assert {sticker.family for sticker in stickers_of("held-out-family", art)} == {HELD_OUT_FAMILY}
     assert HELD_OUT_FAMILY not in TRAINED
@@ -368,6 +368,12 @@ def test_every_plain_sticker_comes_first_and_once(art: Art) -> None:
     known = sum(not concept_named(c.name).held_out for family in FAMILIES for c in art.concepts_of(family))
     assert len({(sticker.family, sticker.things) for sticker in stickers[:known]}) == known
     assert all(sticker == one(sticker.things[0].concept, sticker.family) for sticker in stickers[:known])
+
+
+def test_neighbors_in_training_are_the_plain_stickers_that_training_begins_with(art: Art) -> None:
+    neighbors = stickers_of("neighbors", art)
+    assert neighbors == stickers_of("train", art, len(neighbors))
+    assert {sticker.family for sticker in neighbors} == set(FAMILIES)
 
 
 @given(seed=st.integers(0, 10**6), kind=CHOICES)

@@ -32,6 +32,7 @@ class Purpose(StrEnum):
 
     TRAIN = "train"
     ENCODER = "encoder"
+    NEIGHBORS = "neighbors"
     INDEX = "index"
     HELD_OUT = "held-out"
     HELD_OUT_FAMILY = "held-out-family"

@@ -23,15 +23,16 @@ from knn_diffusion.stickers.filling import chunks, finish_folder, open_folder, s
 from knn_diffusion.stickers.vocabulary import concept_named, held_out_pairs, split_digest, vocabulary
 from knn_diffusion.stickers.wording import captions, facts
 
-Kind = Literal["train", "encoder", "index", "held-out", "held-out-family"]
+Kind = Literal["train", "encoder", "neighbors", "index", "held-out", "held-out-family"]
 """What a folder is for.
 
 train: tokenizer and denoiser, without held-out concepts; encoder: the joint encoder, with them, without unnamed ones;
-index: plain stickers of the bundled families, named by what they show; held-out: plain stickers of held-out concepts;
+neighbors: plain stickers of all trained families, from which the denoiser's neighbors come in training, as they do from a user's index;
+index: plain stickers of the bundled families; both are named by what they show; held-out: plain stickers of held-out concepts;
 held-out-family: plain stickers of the family that nothing is trained on.
 """
 COUNTS: dict[Kind, int | None] = {
-    "train": 34_000, "encoder": 40_000, "index": None, "held-out": None, "held-out-family": None,
+    "train": 34_000, "encoder": 40_000, "neighbors": None, "index": None, "held-out": None, "held-out-family": None,
 }  # fmt: skip
 
 
@@ -44,8 +45,8 @@ def stickers_of(kind: Kind, art: Art, count: int | None = None, seed: int = 0) -
     if kind == "encoder":
         named = tuple(concept for concept in every if not concept.unnamed)
         return list(Sampler(art, TRAINED, named).stickers(count or COUNTS[kind] or 0, seed))
-    if kind == "index":
-        found = plain_stickers(art, BUNDLED, trained)
+    if kind in ("neighbors", "index"):
+        found = plain_stickers(art, TRAINED if kind == "neighbors" else BUNDLED, trained)
     elif kind == "held-out":
         found = plain_stickers(art, TRAINED, tuple(concept for concept in every if concept.held_out))
     else:
@@ -54,8 +55,8 @@ def stickers_of(kind: Kind, art: Art, count: int | None = None, seed: int = 0) -
 
 
 def file_name(kind: Kind, number: int, sticker: Sticker) -> str:
-    """`0000123.png`, or for an index what the sticker shows: `octopus (noto).png`."""
-    if kind == "index":
+    """`0000123.png`, or of what is retrieved what it shows: `octopus (noto).png`."""
+    if kind in ("neighbors", "index"):
         return f"{sticker.things[0].concept} ({sticker.family}).png".replace("/", "-")
     return f"{number:07d}.png"
 
